@@ -1,0 +1,12 @@
+"""What every area stands on: errors for people, atomic files, progress, results, registries, the page kit."""
+from capnb._lazy import lazy
+
+lazy(__name__,
+     errors="CapnbError DataError ConfigError DependencyError TrainingError MetricError require",
+     files="atomic_write write_json read_json append_line read_lines sha256 cache_dir",
+     progress="progress",
+     registry="AREAS Registry",
+     results="environment new_result save_result load_results",
+     attribution="Attribution",
+     page="Page esc table figure_svg image_uri",
+     doctor="doctor format_doctor")
