@@ -1,4 +1,4 @@
-"""What every area stands on: errors for people, atomic files, progress, results, registries, the page kit."""
+"""Foundations: errors for people, atomic files, progress, results, registries and the page kit."""
 from capnb._lazy import lazy
 
 lazy(__name__,

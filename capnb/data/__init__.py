@@ -1,0 +1,9 @@
+"""Captioned images: records, readers, and Scenes, a generator of images with known truth."""
+from capnb._lazy import lazy
+
+lazy(__name__,
+     records="Record CaptionDataset",
+     coco="read_coco",
+     folder="read_folder",
+     load="load_data READERS",
+     scenes="Scenes")

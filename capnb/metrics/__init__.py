@@ -1,0 +1,5 @@
+"""Metrics: captions against references, with intervals and paired comparisons."""
+from capnb._lazy import lazy
+
+lazy(__name__,
+     score="score_captions Scores compare")

@@ -1,0 +1,5 @@
+"""Training: the loop and its checkpoints, and the recipes of the shipped models."""
+from capnb._lazy import lazy
+
+lazy(__name__,
+     loop="train")

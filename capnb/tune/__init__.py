@@ -1,0 +1,5 @@
+"""Tuning methods: zero-shot, prompt tuning, LoRA, full."""
+from capnb._lazy import lazy
+
+lazy(__name__,
+     methods="METHODS attach Tuned")
