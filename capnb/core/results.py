@@ -106,15 +106,16 @@ def check_result(
         wrong('train_info.metrics is not a list of objects')
     return result
 
-# %% ../../nbs/core/04_results.ipynb #292487dc
+# %% ../../nbs/core/04_results.ipynb #e209feb1
 def result_path(
     folder, # folder of the results
     experiment:str # "method/name"
 )->Path: # the file of this experiment
     "Where the result of `experiment` is stored"
     experiment = str(experiment)
+    method,_,rest = experiment.partition('/')
     name = re.sub(r'[^A-Za-z0-9._=+,@-]', '_', experiment.replace('/', '--')).lstrip('.')[:120]
-    if name != experiment.replace('/', '--') or '--' in experiment and experiment.count('/') != 1:
+    if name != experiment.replace('/', '--') or '--' in method or '/' in rest:
         name += '--' + hashlib.sha256(experiment.encode('utf-8')).hexdigest()[:8]
     return Path(folder)/f'{name}.json'
 
