@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Skipped', 'Faults', 'fault', 'caption_fault', 'to_rgb', 'open_image', 'Record', 'TextColumn', 'IdColumn', 'Columns',
-           'ClosedColumns', 'LazyRecords', 'hash_order', 'RecordSequence', 'Parts', 'CaptionDataset', 'record_fault',
-           'no_records']
+           'group', 'ClosedColumns', 'LazyRecords', 'hash_order', 'RecordSequence', 'Parts', 'CaptionDataset',
+           'record_fault', 'no_records']
 
-# %% ../../nbs/data/00_records.ipynb #a0104ab3
-import hashlib, io, json, os
+# %% ../../nbs/data/00_records.ipynb #0dc587ac
+import hashlib, io, os
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def fault(
     e.reason = reason
     return e
 
-# %% ../../nbs/data/00_records.ipynb #3701fc98
+# %% ../../nbs/data/00_records.ipynb #4821e05f
 def caption_fault(
     caption # what stands where a caption should
 )->tuple: # (reason, sentence), or None for a good caption
@@ -77,6 +77,7 @@ def caption_fault(
     if not isinstance(caption, str):
         kind = 'null' if caption is None else type(caption).__name__
         return 'caption is not text', f'The caption is not text but {kind}: {str(caption)[:40]!r}'
+    if caption.isascii() and caption.isprintable() and not caption.isspace() and caption: return None  # nearly all: be quick
     if any('\ud800' <= c <= '\udfff' for c in caption): return 'broken text', 'The caption holds half a character (a lone surrogate)'
     if not any(c.isprintable() and not c.isspace() for c in caption): return 'empty caption', 'The caption is empty'
 
@@ -184,20 +185,19 @@ class IdColumn:
     @property
     def nbytes(self): return 8*len(self.column) if isinstance(self.column, array) else self.column.nbytes
 
-# %% ../../nbs/data/00_records.ipynb #73e24141
+# %% ../../nbs/data/00_records.ipynb #4f1ec4b5
 class Columns:
     "The records of a dataset, column by column; `add` all, then `close`"
     def __init__(self,
         root=''): # folder that image paths are relative to
         self.root = os.fspath(root)
-        self.ids,self.paths,self.texts,self.facts = IdColumn(),TextColumn(),TextColumn(),TextColumn()
+        self.ids,self.paths,self.texts = IdColumn(),TextColumn(),TextColumn()
         self.domains,self.names = array('I'),{}
         self.images,self.truths,self.owner = {},{},array('I')
         self.order = self.first = None
 
     def add(self,
-        record, # a `Record`
-        pack:bool=False): # keep the truth as JSON text, which is smaller
+        record): # a `Record`
         "Add one record with its captions"
         row = len(self.ids)
         self.ids.append(record.id)
@@ -205,8 +205,7 @@ class Columns:
         self.paths.append(os.fspath(record.image) if path else '')
         if not path: self.images[row] = record.image
         self.domains.append(self.names.setdefault(record.domain, len(self.names)))
-        if pack: self.facts.append('' if record.truth is None else json.dumps(record.truth, ensure_ascii=False, separators=(',', ':')))
-        elif record.truth is not None: self.truths[row] = record.truth
+        if record.truth is not None: self.truths[row] = record.truth
         for text in record.captions: self.add_caption(row, text)
 
     def add_caption(self,
@@ -216,15 +215,28 @@ class Columns:
         self.texts.append(text.strip())
         self.owner.append(row)
 
-# %% ../../nbs/data/00_records.ipynb #0fa34d86
+    def drop_caption(self,
+        caption:int): # its number, in the order in which captions were added
+        "Take a caption back"
+        self.owner[caption] = 2**32-1
+
+# %% ../../nbs/data/00_records.ipynb #54f14431
+def group(
+    owner, # (m,) uint32: which of n rows each item belongs to; rows >= n are left out
+    n:int)->tuple: # `first` (n+1,), `order` (m,) or None when the items are in order already
+    "Items of row i are `order[first[i]:first[i+1]]`"
+    first = np.concatenate([[0], np.cumsum(np.bincount(owner[owner < n], minlength=n))]).astype(np.uint32)
+    order = None if (owner[1:] >= owner[:-1]).all() else np.argsort(owner, kind='stable').astype(np.uint32)
+    return first,order
+
+# %% ../../nbs/data/00_records.ipynb #d3db0d98
 class ClosedColumns:
     "Columns that are complete: record `i` is made when asked for"
     def __init__(self,
         columns): # `Columns` with all records in; not to be used afterwards
         vars(self).update(vars(columns))
         owner,n = np.frombuffer(self.owner, np.uint32) if self.owner else np.zeros(0, np.uint32),len(self.ids)
-        self.first = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=n))]).astype(np.uint32)
-        self.order = None if (owner[1:] >= owner[:-1]).all() else np.argsort(owner, kind='stable').astype(np.uint32)
+        self.first,self.order = group(owner, n)
         self.names,self.owner = list(self.names),None
 
     def __len__(self): return len(self.ids)
@@ -234,14 +246,12 @@ class ClosedColumns:
         rows = range(self.first[i], self.first[i+1]) if self.order is None else self.order[self.first[i]:self.first[i+1]].tolist()
         return [self.texts[j] for j in rows]
     def image(self, i): return self.images[i] if i in self.images else os.path.join(self.root, self.paths[i])
-    def truth(self, i):
-        if i in self.truths or not len(self.facts): return self.truths.get(i)
-        return json.loads(self.facts[i]) if self.facts[i] else None
+    def truth(self, i): return self.truths.get(i)
     def record(self, i): return Record(self.id(i), self.image(i), self.captions(i), self.domain(i), self.truth(i))
     @property
     def nbytes(self):
-        return sum(c.nbytes for c in (self.ids, self.paths, self.texts, self.facts, self.first)) + \
-            4*len(self.domains) + (0 if self.order is None else self.order.nbytes)
+        return sum(c.nbytes for c in (self.ids, self.paths, self.texts, self.first)) + 4*len(self.domains) + \
+            sum(getattr(c, 'nbytes', 0) for c in (self.order, self.truths))
 
 # %% ../../nbs/data/00_records.ipynb #49bb4d2d
 class LazyRecords:
