@@ -137,7 +137,7 @@ def _results(folder):
         results = load_results(folder)
     return {(r['study']['name'], r['study']['fingerprint']):r for r in results if 'study' in r}, list(results.skipped.values())
 
-# %% ../../nbs/study/02_answer.ipynb #90992eb5
+# %% ../../nbs/study/02_answer.ipynb #17a88cbe
 def made_up_study(
     folder, # to write
     gains=None, # method -> what it adds to the target scores
@@ -159,12 +159,13 @@ def made_up_study(
         out['train_info'].update(status='success', train_time=10.+r[1], num_trainable_params=1000, metrics=[{'step':k,'train loss':2/(1+k/20)} for k in range(0, 101, 10)])
         out['run_info']['total_time'] = 12.+r[1]
         save_result(folder/'results', out)
+    _made_up_images(folder)
     write_json(folder/'plan.json', dict(made_up=True, plan=dict(data='scenes', base='tiny', methods=list(gains), seeds=seeds, train_images=100, test_images=n, steps=100),
         data=dict(train_images=100, train_captions=500, domains={d:n for d in level}, target='target', kept=['source','near','out']),
         runs=[dict(name=names[r], method=r[0], seed=r[1], adapter=None, fingerprint='madeup') for r in runs]))
     return folder
 
-# %% ../../nbs/study/02_answer.ipynb #d71c7d24
+# %% ../../nbs/study/02_answer.ipynb #c4f0f559
 def _made_up_run(method, seed, name, gain, level, n, rng):
     "Invented numbers of one run"
     loss = dict(target=gain, source=-.4*gain, near=-.2*gain, out=0.)
@@ -174,7 +175,22 @@ def _made_up_run(method, seed, name, gain, level, n, rng):
     control = lambda f: dict(per_image={k:(np.array(v)*f).tolist() for k,v in per['target'].items()})
     return dict(schema=1, name=name, fingerprint='madeup', run=dict(method=method, seed=seed, adapter=None), domains=domains,
         controls=dict(shuffled=control(.3), constant=dict(caption='a scene', **control(.4))), own=dict(log_prob=(-10*np.ones(n)*(1+gain)).tolist(), tokens=[8]*n),
-        nearest=dict(verbatim=[int(rng.random()<gain) for _ in range(n)], bm25=[5.]*n, tuple_overlap=[min(1., .3+gain)]*n), samples=[])
+        nearest=dict(verbatim=[int(rng.random()<gain) for _ in range(n)], bm25=[5.]*n, tuple_overlap=[min(1., .3+gain)]*n), samples=_made_up_samples(method))
+
+def _made_up_samples(method):
+    "Two captions with marks and nearest training captions"
+    near = dict(bm25=[['a red square on grass', 7.2]], tuple_overlap=[['a red square', .5]])
+    one = dict(domain='target', id='target0', caption='a red square and a dog', marks=[[2,12,'right'],[19,22,'hallucinated']], missed=['on grass'], nearest=near)
+    return [one, dict(domain='source', id='source0', caption=f'a blue square <script>alert("{method}")</script>', marks=[[2,13,'right']], missed=[], nearest={})]
+
+# %% ../../nbs/study/02_answer.ipynb #6bd05a39
+def _made_up_images(folder):
+    "Two sample images and their references"
+    from PIL import Image
+    from capnb.core.files import write_json
+    (folder/'images').mkdir(parents=True, exist_ok=True)
+    for name,colour in (('target0','red'), ('source0','blue')): Image.new('RGB', (64,64), colour).save(folder/'images'/f'{name}.png')
+    write_json(folder/'samples.json', [dict(domain=d, id=f'{d}0', image=f'images/{d}0.png', references=[f'a {c} square', f'one {c} square on grass']) for d,c in (('target','red'), ('source','blue'))])
 
 # %% ../../nbs/study/02_answer.ipynb #bfd92d22
 LEADS = ('CIDEr-D','CIDEr','METEOR','ROUGE-L','BLEU-4')
