@@ -165,7 +165,7 @@ def made_up_study(
         runs=[dict(name=names[r], method=r[0], seed=r[1], adapter=None, fingerprint='madeup') for r in runs]))
     return folder
 
-# %% ../../nbs/study/02_answer.ipynb #c4f0f559
+# %% ../../nbs/study/02_answer.ipynb #750ee6d4
 def _made_up_run(method, seed, name, gain, level, n, rng):
     "Invented numbers of one run"
     loss = dict(target=gain, source=-.4*gain, near=-.2*gain, out=0.)
@@ -180,7 +180,7 @@ def _made_up_run(method, seed, name, gain, level, n, rng):
 def _made_up_samples(method):
     "Two captions with marks and nearest training captions"
     near = dict(bm25=[['a red square on grass', 7.2]], tuple_overlap=[['a red square', .5]])
-    one = dict(domain='target', id='target0', caption='a red square and a dog', marks=[[2,12,'right'],[19,22,'hallucinated']], missed=['on grass'], nearest=near)
+    one = dict(domain='target', id='target0', caption='a red square and a dog', marks=[[2,12,'right'],[19,22,'wrong']], missed=['on grass'], nearest=near)
     return [one, dict(domain='source', id='source0', caption=f'a blue square <script>alert("{method}")</script>', marks=[[2,13,'right']], missed=[], nearest={})]
 
 # %% ../../nbs/study/02_answer.ipynb #6bd05a39
