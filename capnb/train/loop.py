@@ -132,12 +132,12 @@ def _stop_bad(run, ids, what):
     raise TrainingError(f'{what} in step {run.step + 1} of {run.total}, the weights are those before it', where=f'records {names}',
         expected='a finite number', do=f'look at these records, a lower lr, or a smaller clip{kept}')
 
-# %% ../../nbs/train/04_loop.ipynb #6005de84
-def _one_step(run, pieces, asked):
+# %% ../../nbs/train/04_loop.ipynb #9c94fae8
+def _one_step(run, pieces, stop):
     "Do one step; returns its line for the history, and whether some process wants to stop"
     seen = _forward_backward(run, pieces)
     bad = [i for ids,_,loss,_ in seen if not math.isfinite(loss) for i in ids]
-    mine = [sum(w for _,w,_,_ in seen), sum(w*loss for _,w,loss,_ in seen), float(bool(bad)), float(asked)]
+    mine = [sum(w for _,w,_,_ in seen), sum(w*loss for _,w,loss,_ in seen), float(bool(bad)), float(stop.asked)]
     weight,loss,failed,asked = _sum_numbers(run, mine)
     if failed: _stop_bad(run, bad, 'The loss is not finite')
     if not weight > 0: _stop_bad(run, [i for s in seen for i in s[0]], f'The weight of the batch is {weight}')
@@ -292,7 +292,7 @@ class Trained:
     out:Path|None # folder of the run
     history:list = field(repr=False) # one dict per step: step, loss, lr, norm, the objective's log, validation
 
-# %% ../../nbs/train/04_loop.ipynb #3420b079
+# %% ../../nbs/train/04_loop.ipynb #1711d712
 def _go(run, stop):
     "Steps until the end, a stop or an error"
     c,began = run.config,time.monotonic()
@@ -302,7 +302,7 @@ def _go(run, stop):
     drawn = 0.
     with bar:
         while run.step < run.total and not run.score['early']:
-            line,asked = _one_step(run, pieces, stop.asked)
+            line,asked = _one_step(run, pieces, stop)
             run.step += 1
             if c.eval_every and (run.step % c.eval_every == 0 or run.step == run.total):
                 value = _validation(run)
