@@ -9,7 +9,7 @@ __all__ = ['INK', 'RULE', 'COLOURS', 'plot_style', 'new_figure', 'figure_svg']
 import hashlib, io, re
 from .markup import Html, tag
 
-# %% ../../nbs/core/07_figures.ipynb #8e077b7d
+# %% ../../nbs/core/07_figures.ipynb #b5198efc
 INK,RULE = '#21252b','#d9d8d1'  # in figures: replaced by the page's colours
 COLOURS = ('#0f6ca8', '#d1580d', '#14866d', '#a8528f', '#c08a00', '#5d6bb8', '#7a5c3e', '#6b7480')  # legible on light and dark
 
@@ -31,7 +31,8 @@ def new_figure(
     import matplotlib
     with matplotlib.rc_context(plot_style(**(style or {}))):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        fig = matplotlib.figure.Figure(); FigureCanvasAgg(fig)
+        from matplotlib.figure import Figure
+        fig = Figure(); FigureCanvasAgg(fig)
         return fig, fig.subplots(*args, **kwargs)
 
 # %% ../../nbs/core/07_figures.ipynb #6c009ae5
