@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CATEGORIES', 'COLOURS', 'SIZES', 'TEXTURES', 'BACKGROUNDS', 'CONTAINERS', 'SUBTYPE_OF', 'INVERSE', 'RELATIONS',
            'SCENES_VERSION', 'DOMAINS', 'LAYOUTS', 'PIXELS', 'implied', 'Thing', 'Scene', 'scene_from_json', 'held_out',
-           'lot', 'draw_thing', 'draw_scene']
+           'lot', 'draw_thing', 'place', 'draw_scene']
 
 # %% ../../nbs/data/10_scene_world.ipynb #2fd76c46
 import random, zlib
@@ -153,12 +153,26 @@ def _pair(rng, a, b, relation, x0, y0, x1, y1):
     ay = by + (sb-sa)//2 + rng.randint(0, 2) if relation == "inside" else top
     a.boxes.append((bx + (sb-sa)//2 + rng.randint(-1, 1), ay, sa, sa)); b.boxes.append((bx, by, sb, sb))
 
-# %% ../../nbs/data/10_scene_world.ipynb #e9b08450
+# %% ../../nbs/data/10_scene_world.ipynb #3e6e93c0
 def _halves(relation):
     "The rectangles of subject and object for a side relation."
     first, second = ((0, 0, 32, 64), (32, 0, 64, 64)) if relation in ("left of", "right of") else ((0, 0, 64, 32), (0, 32, 64, 64))
     return (first, second) if relation in ("left of", "above") else (second, first)
 
+def place(
+    rng:random.Random, # the scene's own generator
+    a:Thing, # subject; must be small if it is on or inside the other
+    b:Thing, # object; must be big then
+    relation:str, # one of `RELATIONS`
+):
+    "Give two things boxes that obey a relation."
+    if relation in INVERSE:
+        for t, box in zip((a, b), _halves(relation)): _group(rng, t, *box)
+    else:
+        x, y = rng.randint(0, 20), rng.randint(0, 20)
+        _pair(rng, a, b, relation, x, y, x+44, y+44)
+
+# %% ../../nbs/data/10_scene_world.ipynb #1e4eb2ef
 def draw_scene(
     seed:int, # lot number
     domain:str="source", # source, target, near or out
@@ -171,7 +185,7 @@ def draw_scene(
     novel = domain == "target" and rng.random() < .5
     return Scene(*_FILL[kind](rng, domain, novel), rng.choice(BACKGROUNDS), domain, seed)
 
-# %% ../../nbs/data/10_scene_world.ipynb #6a193651
+# %% ../../nbs/data/10_scene_world.ipynb #c50e749b
 def _one(rng, domain, novel):
     a = draw_thing(rng, domain, novel=novel, count=rng.choice((1, 2, 3)))
     if a.count == 1: x, y = rng.randint(0, 32), rng.randint(0, 32); _group(rng, a, x, y, x+32, y+32)
@@ -183,13 +197,13 @@ def _side_by_side(rng, domain, novel, relations):
     b = draw_thing(rng, domain, taken=(a.category,))
     rng.choice((a, b)).count = rng.choice((1, 1, 2, 3))
     relation = rng.choice(relations)
-    for t, box in zip((a, b), _halves(relation)): _group(rng, t, *box)
+    place(rng, a, b, relation)
     return [a, b], [(0, relation, 1)]
 
 def _beside(rng, domain, novel): return _side_by_side(rng, domain, novel, ("left of", "right of"))
 def _stacked(rng, domain, novel): return _side_by_side(rng, domain, novel, ("above", "below"))
 
-# %% ../../nbs/data/10_scene_world.ipynb #80a94d76
+# %% ../../nbs/data/10_scene_world.ipynb #700d5fa7
 def _touching(rng, domain, novel, relation, taken=()):
     b = draw_thing(rng, domain, taken, among=CONTAINERS if relation == "inside" else None, size="big")
     a = draw_thing(rng, domain, (*taken, b.category), novel=novel, size="small")
@@ -197,8 +211,7 @@ def _touching(rng, domain, novel, relation, taken=()):
 
 def _on(rng, domain, novel, relation="on"):
     a, b = _touching(rng, domain, novel, relation)
-    x, y = rng.randint(0, 20), rng.randint(0, 20)
-    _pair(rng, a, b, relation, x, y, x+44, y+44)
+    place(rng, a, b, relation)
     return [a, b], [(0, relation, 1)]
 
 def _inside(rng, domain, novel): return _on(rng, domain, novel, "inside")
