@@ -316,7 +316,7 @@ def _members(path, faults):
         if not faults.skip or getattr(e, 'reason', '') != 'broken JSON': raise
         faults(e.reason, e.what, e.where)
 
-# %% ../../nbs/data/01_coco.ipynb #28a1003a
+# %% ../../nbs/data/01_coco.ipynb #88da8b29
 def read_coco(
     captions_json, # captions in COCO's form
     images_dir, # folder of the images
@@ -326,6 +326,7 @@ def read_coco(
     domain:str='' # domain of the records
 )->CaptionDataset: # records in the order of the file
     "Captioned images in COCO's form; `truth` has the objects when `instances` are given"
+    open_text(captions_json).close()
     b = CocoBuilder(captions_json, images_folder(images_dir), Faults(on_error), domain)
     seen,late = _read_captions(b)
     if not {'images', 'annotations'} <= set(seen):

@@ -25,10 +25,19 @@ def text_lines(
             try: yield n,line.decode('utf-8-sig' if n == 1 else 'utf-8').rstrip('\r\n')
             except UnicodeDecodeError: faults('not UTF-8', 'The line is not UTF-8 text', f'{path}, line {n}', 'a file saved as UTF-8')
 
-# %% ../../nbs/data/02_folder.ipynb #447f69fc
+# %% ../../nbs/data/02_folder.ipynb #b7ee971f
 IMAGE_NAMES = 'image', 'file_name', 'filename', 'image_path', 'image_name', 'file', 'path'
 CAPTION_NAMES = 'caption', 'captions', 'text', 'comment'
 
+def _find(folder, name):
+    "`find_image` in the folder, or in `images/` in it"
+    path,problem = find_image(folder, name)
+    if problem and problem[0] == 'missing image':
+        inner = find_image(os.path.join(folder, 'images'), name)[0]
+        if inner: return os.path.join('images', inner),None
+    return path,problem
+
+# %% ../../nbs/data/02_folder.ipynb #08f7d8cd
 class FolderBuilder:
     "Puts entries into columns"
     def __init__(self,
@@ -48,7 +57,7 @@ class FolderBuilder:
         where += f', image {name!r}'
         if isinstance(id, (bool, float, list, dict)): return self.faults('bad id', f'The id is neither text nor a whole number: {id!r}', where)
         if id not in self.rows:
-            path,problem = self.find(name)
+            path,problem = _find(self.folder, name)
             self.rows[id] = None if problem else len(self.columns.ids),name
             if problem: return self.faults(*problem, where)
             domain,truth = entry.get('domain') or self.domain,entry.get('truth')
@@ -57,16 +66,7 @@ class FolderBuilder:
         if first != name: return self.faults('duplicate id', f'The id {id!r} was used before, for the image {first!r}', where)
         if row is not None: self.add_captions(row, entry, where)
 
-    def find(self, name): # (path, None) or (None, (reason, sentence))
-        "The image in the folder, or in `images/` in it"
-        path,problem = find_image(self.folder, name)
-        if problem and problem[0] == 'missing image':
-            inner = find_image(os.path.join(self.folder, 'images'), name)[0]
-            if inner: return os.path.join('images', inner),None
-        return path,problem
-
     def add_captions(self, row, entry, where):
-        "The captions of an entry"
         named = [entry[k] for k in entry if k in CAPTION_NAMES]
         for text in (c for v in named or [None] for c in (v if isinstance(v, list) else [v])):
             problem = caption_fault(text)

@@ -323,7 +323,7 @@ class RecordSequence:
         "The records at `indices`, in that order"
         return CaptionDataset(self.store, [self.row(i) for i in indices], self.skipped)
 
-# %% ../../nbs/data/00_records.ipynb #6d7e1adf
+# %% ../../nbs/data/00_records.ipynb #b86d4682
 class Parts(RecordSequence):
     "Fractions, splits, folds and domains"
     def fraction(self,
@@ -358,7 +358,7 @@ class Parts(RecordSequence):
         name:str): # one of `domains`
         "The records of one domain"
         found = [j for j,i in enumerate(self.rows()) if self.store.domain(i) == name]
-        if not found: raise ConfigError(f'No record has the domain {name!r}', expected=did_you_mean(name, self.domains))
+        if not found: raise ConfigError(f'No record has the domain {name!r}', do=did_you_mean(name, self.domains))
         return self.subset(found)
 
 # %% ../../nbs/data/00_records.ipynb #7a5f7a80
