@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'Template', 'pad_rows', 'CaptionOutput', 'fingerprint', 'image_key', 'FeatureCache', 'roomy_cache',
-           'pictures', 'Captioner', 'method_of', 'caption_joiner', 'caption_ids']
+           'pictures', 'Captioner', 'method_of', 'cut_at', 'caption_joiner', 'caption_ids']
 
 # %% ../../nbs/models/00_captioner.ipynb #2fc295fe
 import hashlib, json
@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 from ..core.errors import ConfigError, DataError
 
-# %% ../../nbs/models/00_captioner.ipynb #8a3accbb
+# %% ../../nbs/models/00_captioner.ipynb #b750a748
 @dataclass
 class Template:
     "How a captioner is asked."
     instruction: str = "Describe the image."  # the sentence used when a call names none
     system: str = ""  # said before everything else; may be empty
-    form: str = "{system} USER: <image>\n{instruction} ASSISTANT:"  # order of the parts
+    form: str|None = "{system} USER: <image>\n{instruction} ASSISTANT:"  # order of the parts; None: the processor's chat template
 
     def text(self,
         instruction: str|None = None,  # what to ask; None: the default instruction
@@ -177,17 +177,17 @@ def pictures(
         out.append(im if isinstance(im, torch.Tensor) or im.mode == "RGB" else im.convert("RGB"))
     return out
 
-# %% ../../nbs/models/00_captioner.ipynb #7ab139e6
+# %% ../../nbs/models/00_captioner.ipynb #4ed7b6dd
 class Captioner(nn.Module):
-    "A captioner: `model` with its tokenizer, template and vision-feature cache."
+    "A captioner: `model` with its processor, template and vision-feature cache."
     def __init__(self,
         model: nn.Module,  # the network
-        tokenizer,  # a transformers tokenizer
+        processor,  # a transformers processor: tokenizer and image processor
         template: Template,  # how it is asked
         name: str = "captioner",  # shown in results
     ):
         super().__init__()
-        self.model, self.tokenizer, self.template_, self.name = model, tokenizer, template, name
+        self.model, self.processor, self.tokenizer, self.template_, self.name = model, processor, processor.tokenizer, template, name
         self.virtual, self.tuned_by, self.cache = None, None, FeatureCache()
 
     @property
@@ -203,7 +203,11 @@ class Captioner(nn.Module):
         instruction: str|None = None,  # None: the default instruction
     ) -> str:
         "The whole prompt for an instruction, as a string."
-        return self.template_.text(instruction)
+        t = self.template_
+        if t.form is not None: return t.text(instruction)
+        say = [{"type": "image"}, {"type": "text", "text": t.instruction if instruction is None else instruction}]
+        chat = [{"role": "system", "content": [{"type": "text", "text": t.system}]}] * bool(t.system)
+        return self.processor.apply_chat_template(chat + [{"role": "user", "content": say}], add_generation_prompt=True)
 
     def forward(self,
         batch: dict,  # from `collate`
@@ -231,11 +235,18 @@ def _same_names(own, given):
         raise ConfigError("these weights belong to another set of parameters", where=f"unknown: {more}, missing: {less}",
                           expected=f"{len(own)} tensors such as {sorted(own)[:2]}", do="load them with the method and settings they were saved with")
 
-# %% ../../nbs/models/00_captioner.ipynb #50c20744
+# %% ../../nbs/models/00_captioner.ipynb #aafa2aec
 def method_of(cls):
     "Add a function to a class as a method."
     def add(f): setattr(cls, f.__name__, f); return f
     return add
+
+def _ends(self):
+    "Token ids that end a caption."
+    e = getattr(self.model, "generation_config", None) and self.model.generation_config.eos_token_id
+    e = self.tokenizer.eos_token_id if e is None else e
+    return list(e) if isinstance(e, (list, tuple)) else [e]
+Captioner.ends = property(_ends)
 
 def _each(prompt, n):
     "One instruction per image."
@@ -286,6 +297,14 @@ def log_prob(self,
         count.index_add_(0, s + out.rows.cpu(), torch.ones_like(out.rows.cpu()))
     self.train(was)
     return total, count
+
+# %% ../../nbs/models/00_captioner.ipynb #427368f6
+def cut_at(
+    ids: list,  # token ids
+    ends: set|list,  # ids that end a caption
+) -> list:
+    "The tokens before the first end token."
+    return ids[:next((i for i, t in enumerate(ids) if t in ends), len(ids))]
 
 # %% ../../nbs/models/00_captioner.ipynb #be79de9d
 def caption_joiner(
