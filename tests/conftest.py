@@ -1,0 +1,73 @@
+"Order of the tests, seconds per stage with their bounds, and the shared fixtures."
+import os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = {"layout": None, "notebooks": 420, "tests": 300, "wheel": 120, "site": 180}  # in this order; seconds, on two cores
+seconds = dict.fromkeys(STAGES, 0.0)
+
+
+def stage(nodeid: str) -> str:
+    name = Path(nodeid.split("::")[0]).stem.removeprefix("test_")
+    return name if name in STAGES else "tests"
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: list(STAGES).index(stage(item.nodeid)))  # stable: files keep their order within a stage
+
+
+def pytest_runtest_logreport(report): seconds[stage(report.nodeid)] += report.duration
+
+
+def slow_stages() -> list:
+    return [f"{k} took {v:.0f} s, the bound is {STAGES[k]} s" for k, v in seconds.items() if STAGES[k] and v > STAGES[k]]
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line("seconds per stage: " + ", ".join(f"{k} {v:.0f}" + (f" (of {STAGES[k]})" if STAGES[k] else "") for k, v in seconds.items() if v))
+    for line in slow_stages(): terminalreporter.write_line(line)
+
+
+def pytest_sessionfinish(session):
+    if os.environ.get("CAPNB_BOUNDS") and slow_stages(): session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def root() -> Path: return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    "The folder of shared data beside the checkout (or at CAPNB_SHARED): real images that are not part of the project."
+    p = Path(os.environ.get("CAPNB_SHARED", ROOT.parent / "shared"))
+    if not (p / "data").is_dir(): pytest.skip("no shared data beside the checkout (set CAPNB_SHARED)")
+    return p
+
+
+def copy_checkout(to: Path) -> Path:
+    "The checkout as git sees it, new files included, ignored ones not."
+    names = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    for name in filter(None, names.split("\0")):
+        src, dst = ROOT / name, to / name
+        if not src.exists(): continue
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        if src.is_symlink(): os.symlink(os.readlink(src), dst)
+        else: dst.write_bytes(src.read_bytes())
+    return to
+
+
+def run(*cmd, **kw):
+    "Run a command and return what it printed; a failure shows both its streams."
+    r = subprocess.run([str(c) for c in cmd], capture_output=True, text=True, stdin=subprocess.DEVNULL, **kw)
+    assert r.returncode == 0, f"{' '.join(map(str, cmd))} ended with code {r.returncode}\n{r.stdout[-3000:]}\n{r.stderr[-3000:]}"
+    return r.stdout
+
+
+def python_env(path: Path) -> dict:
+    "An environment for child processes that import the package from `path`."
+    return {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "PYTHONPATH")} | {"PYTHONPATH": str(path), "CAPNB_QUIET": "1"}
+
+
+PYTHON = sys.executable
