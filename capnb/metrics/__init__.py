@@ -2,4 +2,4 @@
 from capnb._lazy import lazy
 
 lazy(__name__,
-     score="score_captions Scores compare")
+     scores="score_captions Scores compare METRICS")
