@@ -6,14 +6,14 @@
 __all__ = ['MAIN', 'STYLE', 'caption_html', 'cell', 'main_table', 'picture', 'side_by_side', 'image_data', 'learning_curves',
            'all_metrics', 'command', 'settings', 'answer_html', 'write_report']
 
-# %% ../../nbs/study/04_report.ipynb #e313b8e2
+# %% ../../nbs/study/04_report.ipynb #6fc47211
 import base64, shlex
 from pathlib import Path
 from ..core.files import read_json
 from ..core.markup import Html, code, details, esc, legend, marked, note
 from ..core.page import Page
 from .plan import Plan, duration
-from .answer import (CONTROLS, answer, difference, gap_words, join_words, label, metrics_of, question, read_study, signed, stacked, summarise)
+from .answer import (answer, difference, label, measures, question, read_study, signed, summarise)
 from .draw import curves, looks, marker, tradeoff
 
 # %% ../../nbs/study/04_report.ipynb #b8eb157a
@@ -45,7 +45,7 @@ def cell(
     kind = 'up' if d.low>0 else 'down' if d.high<0 else 'same'
     return f'<td><b>{d.a:.{digits}f}</b><small class="{kind}">{signed(d.value, digits)} <span class="ci">[{signed(d.low, digits)}, {signed(d.high, digits)}]</span></small></td>'
 
-# %% ../../nbs/study/04_report.ipynb #c9847f4b
+# %% ../../nbs/study/04_report.ipynb #455d7157
 def main_table(
     study, # `Study`
     summary:dict # of `summarise`
@@ -56,7 +56,7 @@ def main_table(
     near = [k for k in ('verbatim','tuple_overlap') if any(k in r['nearest'] for r in s['rows'])]
     head = (f'<tr><th rowspan="2" scope="col">method</th><th colspan="{len(metrics)}" scope="colgroup">Gained: {esc(s["target"])} images</th>'
             f'<th colspan="{len(s["kept"])+1}" scope="colgroup">Not forgotten: {esc(s["lead"])} elsewhere</th>' + (f'<th colspan="{len(near)}" scope="colgroup">Which data</th>' if near else '') + '</tr>')
-    names = [*metrics, *s['kept'], 'perplexity of the base’s own captions', *(dict(verbatim='copied word for word', tuple_overlap='facts shared with the nearest')[k] for k in near)]
+    names = [*metrics, *s['kept'], 'own-caption perplexity', *(dict(verbatim='copied word for word', tuple_overlap='facts shared')[k] for k in near)]
     head += '<tr>' + ''.join(f'<th scope="col">{esc(n)}</th>' for n in names) + '</tr>'
     body = ''.join(_table_row(r, s, metrics, near, look) for r in s['rows']) + _control_rows(study, s, metrics, near)
     return f'<figure class="table"><div class="scroll" tabindex="0"><table class="gains"><thead>{head}</thead><tbody>{body}</tbody></table></div>{_table_note(s)}</figure>'
@@ -78,24 +78,25 @@ def _dot(colour, shape):
     "The mark of a method, in the line of text"
     return f'<svg class="dot" viewBox="0 0 14 14" width="14" height="14" aria-hidden="true">{marker(shape, 7, 7, 4.5, colour)}</svg>'
 
-# %% ../../nbs/study/04_report.ipynb #f1b6eff0
+# %% ../../nbs/study/04_report.ipynb #1a633433
 def _control_rows(study, s, metrics, near):
     "The rows that do not see the image: each method with shuffled images, then the best constant caption"
     base,rows = study.of('zero_shot'),[]
-    groups = [(f'{label(m)}, shuffled images', m, 'shuffled') for m in study.methods] + [('best constant caption', study.methods[0], 'constant')]
+    groups = [(f'shuffled images: {label(m)}', m, 'shuffled') for m in study.methods] + [('best constant caption', study.methods[0], 'constant')]
     for name,m,control in groups:
-        scores = [stacked(study.of(m), control, k) for k in metrics]
+        scores = [measures(study.of(m), control, k) for k in metrics]
         if scores[0] is None: continue
-        zero = [stacked(base, s['target'], k) for k in metrics]
+        zero = [measures(base, s['target'], k) for k in metrics]
         cells = [cell(None if a is None or z is None else difference(a, z)) for a,z in zip(scores, zero)]
-        rows.append(f'<tr class="control"><th scope="row">{esc(name)}</th>{"".join(cells)}<td colspan="{len(s["kept"])+1+len(near)}"></td></tr>')
+        kind = 'control' if rows else 'control group'
+        rows.append(f'<tr class="{kind}"><th scope="row">{esc(name)}</th>{"".join(cells)}<td colspan="{len(s["kept"])+1+len(near)}"></td></tr>')
     return ''.join(rows)
 
-# %% ../../nbs/study/04_report.ipynb #f8345456
+# %% ../../nbs/study/04_report.ipynb #afd269c3
 def _table_note(s):
     "What the numbers mean, below the table"
     return ('<figcaption style="margin-top:.7rem;font-weight:400;color:var(--soft)">Bold: mean over images and seeds. Below: difference from zero-shot with its 95 % interval (paired bootstrap over images and seeds; with few seeds it is a rough guide); '
-            'grey where the interval holds zero. Perplexity: lower is better, the ratio to the base is 1 where nothing changed. '
+            'grey where the interval holds zero. Own-caption perplexity: how unlikely the captions that the base wrote on source images have become; lower is better, the ratio is 1 where nothing changed. '
             'The rows in italics do not see the image. <i>Which data</i> is a look-up of the nearest training captions, a baseline and not an attribution.</figcaption>')
 
 # %% ../../nbs/study/04_report.ipynb #d23b6d8e
@@ -167,14 +168,14 @@ def learning_curves(
         if any(len(l)>1 for l in lines): series.append(dict(label=label(m), colour=look[m][0], lines=[l for l in lines if len(l)>1]))
     return f'<figure>{curves(series)}<figcaption>One line a run.</figcaption></figure>' if series else ''
 
-# %% ../../nbs/study/04_report.ipynb #e09ff97d
+# %% ../../nbs/study/04_report.ipynb #db76457b
 def all_metrics(
     study # `Study`
 )->str: # HTML
     "Every metric on every domain, as one table for each domain"
     out = []
     for d in study.plan['data']['domains']:
-        names = list(dict.fromkeys(k for r in study.done for k in r['study']['domains'].get(d, {}).get('corpus', {})))
+        names = list(dict.fromkeys(k for r in study.done for k in r['study']['domains'].get(d, {}).get('scores', {}).get('corpus', {})))
         head = '<tr><th scope="col">method</th>' + ''.join(f'<th scope="col">{esc(n)}</th>' for n in names) + '</tr>'
         body = ''.join(f'<tr><th scope="row">{esc(label(m))}</th>{"".join(_spread(study.of(m), d, n) for n in names)}</tr>' for m in study.methods)
         if names: out.append(f'<h3>{esc(d)}</h3><figure class="table"><div class="scroll" tabindex="0"><table class="gains"><thead>{head}</thead><tbody>{body}</tbody></table></div></figure>')
@@ -182,7 +183,7 @@ def all_metrics(
 
 def _spread(runs, domain, name):
     "Mean over seeds, with smallest and largest"
-    v = [x for x in (r['study']['domains'].get(domain, {}).get('corpus', {}).get(name) for r in runs) if isinstance(x, (int,float))]
+    v = [x for x in (r['study']['domains'].get(domain, {}).get('scores', {}).get('corpus', {}).get(name) for r in runs) if isinstance(x, (int,float))]
     if not v: return '<td class="none">–</td>'
     return f'<td>{sum(v)/len(v):.3f}' + (f'<small>({min(v):.3f}–{max(v):.3f})</small>' if len(v)>1 else '') + '</td>'
 
@@ -229,11 +230,11 @@ def _facts(study):
             'machine':' '.join(str(system[k]) for k in ('system','machine','accelerator') if system.get(k)) or '–', 'folds':d.get('folds')}
     return '<dl class="settings">' + ''.join(f'<dt>{esc(k)}</dt><dd>{esc(v)}</dd>' for k,v in rows.items() if v) + '</dl>'
 
-# %% ../../nbs/study/04_report.ipynb #54cccdca
+# %% ../../nbs/study/04_report.ipynb #f6569a5e
 STYLE = Html('''<style>
 .answer h3{margin:1.3rem 0 .2rem;font-size:1.05rem}.answer p{margin:0 0 .35rem}
 .gains thead th{text-align:right;max-width:8rem}.gains thead tr:first-child th{text-align:center;color:var(--ink);border-bottom:1px solid var(--rule);border-left:.9rem solid var(--ground)}
-.gains thead th:first-child{text-align:left}.gains td{text-align:right;white-space:nowrap}.gains td b{font-weight:600}.gains small{display:block;font-size:.84em;font-weight:400}
+.gains thead th:first-child{text-align:left}.gains td{text-align:right;white-space:nowrap}.gains td b{font-weight:600}.gains small{display:block;font-size:.84em;font-weight:400}.gains small .ci{display:block;font-size:.92em}.gains th,.gains td{padding-right:.7rem}.gains tbody th{min-width:9.2rem;font-weight:600}.gains tbody th small{color:var(--soft)}.group+tr>*,.gains tr.group>*{border-top:1px solid var(--ink)}
 .up{color:var(--right)}.down{color:var(--wrong)}.same,.none,.control td,.control th{color:var(--soft)}.control th,.control b{font-style:italic;font-weight:400!important}
 .dot{vertical-align:-.12em;margin-right:.15em}svg.study{width:620px;stroke-linejoin:round}.halo{paint-order:stroke;stroke:var(--ground);stroke-width:4px}
 .pairs{--col:25rem;gap:2rem}.pair{display:flex;gap:1rem;break-inside:avoid;font:.94rem/1.5 var(--sans);min-width:0}.pair>.pic{flex:0 0 7.5rem}.pair>.pic img{width:100%;background:var(--panel);display:block}
