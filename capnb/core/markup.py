@@ -74,7 +74,7 @@ def interval(
     "A number with its interval"
     return markup('{} <span class="ci">[{}, {}]</span>', num(value, digits), num(low, digits), num(high, digits))
 
-# %% ../../nbs/core/06_markup.ipynb #9980d594
+# %% ../../nbs/core/06_markup.ipynb #8cc6bc29
 def _number(cell):
     "The value that a cell shows, None when it is text"
     if isinstance(cell, (tuple, list)) and cell: cell = cell[0]
@@ -87,6 +87,13 @@ def _cell(cell, digits):
     if isinstance(cell, bool): return esc('yes' if cell else 'no')
     return esc(num(cell, digits) if cell is None or isinstance(cell, Real) else cell)
 
+def _columns(d, header):
+    "The dict with columns by number"
+    names = list(header or ())
+    for k in d:
+        if isinstance(k, str) and k not in names: raise ConfigError(f'The table has no column {k!r}', expected=f'one of {names}')
+    return {names.index(k) if isinstance(k, str) else k:v for k,v in d.items()}
+
 def _best(rows, column, side):
     "Row numbers with the best number of a column"
     values = {i:_number(r[column]) for i,r in enumerate(rows)}
@@ -95,33 +102,33 @@ def _best(rows, column, side):
     top = (max if side == 'high' else min)(values.values(), default=None)
     return {i for i,v in values.items() if v == top} if len(values) > 1 else set()
 
-# %% ../../nbs/core/06_markup.ipynb #5313c702
+# %% ../../nbs/core/06_markup.ipynb #6bcdda0d
 def table(
     rows, # list of rows; a cell is text, a number, (value, low, high), or `Html`
     header=None, # names of the columns
     caption:str=None, # what the table shows, set above it
     best:dict=None, # column (name or number) -> 'high' or 'low': mark its best number
-    digits:int=3 # decimal places of numbers that are not whole
+    digits=3 # decimal places of numbers that are not whole; or column -> places, the others have 3
 )->Html: # <figure> with the table
     "A table; everything in it is escaped"
     rows = [list(r) for r in rows]
     width = len(header) if header is not None else max(map(len, rows), default=0)
     for i,r in enumerate(rows):
         if len(r) != width: raise CapnbError(f'Row {i} of the table has {len(r)} cells', expected=str(width))
-    column = {k: list(header).index(k) if isinstance(k, str) else k for k in best or {}}
-    marked = {(i,column[k]) for k,side in (best or {}).items() for i in _best(rows, column[k], side)}
+    places = _columns(digits if isinstance(digits, dict) else dict.fromkeys(range(width), digits), header)
+    marked = {(i,j) for j,side in _columns(best or {}, header).items() for i in _best(rows, j, side)}
     right = [any(_number(r[j]) is not None for r in rows) and all(not isinstance(r[j], str) or isinstance(r[j], Html) for r in rows)
              for j in range(width)]
     def td(i, j, cell):
         cls = ' '.join(c for c,on in [('n', right[j]), ('best', (i,j) in marked)] if on) or None
-        return tag('th' if j == 0 else 'td', _cell(cell, digits), scope='row' if j == 0 else None, cls=cls)
+        return tag('th' if j == 0 else 'td', _cell(cell, places.get(j, 3)), scope='row' if j == 0 else None, cls=cls)
     head = tag('thead', tag('tr', *(tag('th', h, scope='col', cls='n' if right[j] else None) for j,h in enumerate(header)))) if header else ''
     body = tag('tbody', *(tag('tr', *(td(i, j, c) for j,c in enumerate(r))) for i,r in enumerate(rows)))
     box = tag('div', tag('table', head, body), cls='scroll', tabindex=0, role='region', aria_label=caption or 'table')
     return tag('figure', tag('figcaption', caption) if caption else '', box, cls='table')
 
-# %% ../../nbs/core/06_markup.ipynb #11ac98dd
-MARKS = {'right': 'right: it is in the image', 'wrong': 'hallucinated: it is not in the image', 'missed': 'missed: it is in the image and was not said'}
+# %% ../../nbs/core/06_markup.ipynb #02f3e51f
+MARKS = {'right': 'right: in the image', 'wrong': 'hallucinated: not in the image', 'missed': 'missed: in the image, not said'}
 
 def marked(
     text:str, # a caption
@@ -138,7 +145,7 @@ def marked(
 
 def legend()->Html: # one line
     "What the marks mean"
-    return tag('p', *(Html(' ').join([tag('mark', k, cls=k), v.split(': ')[1] + ' ']) for k,v in MARKS.items()), cls='legend')
+    return tag('p', *(tag('span', tag('mark', v.split(': ')[0], cls=k), ': ' + v.split(': ')[1]) for k,v in MARKS.items()), cls='legend')
 
 # %% ../../nbs/core/06_markup.ipynb #a376cc55
 def image_uri(

@@ -5,23 +5,26 @@
 # %% auto #0
 __all__ = ['Page', 'page_html']
 
-# %% ../../nbs/core/08_page.ipynb #6a7ab604
+# %% ../../nbs/core/08_page.ipynb #f2161c2d
 import re
 from pathlib import Path
 import capnb
 from .files import atomic_write
-from .figures import COLOURS, INK, RULE, figure_svg, new_figure, plot_style
+from .figures import COLOURS, INK, RULE, figure_svg, new_figure, plot_style, plotting
 from .markup import (MARKS, Html, bullets, card, code, details, esc, facts, figure, grid, image, image_uri, interval,
     legend, marked, markup, note, num, table, tag)
 
-# %% ../../nbs/core/08_page.ipynb #0b2d464a
+# %% ../../nbs/core/08_page.ipynb #16d4838e
 _CSS_BASE = '''
 :root{color-scheme:light dark;--ground:#fdfdfb;--panel:#f5f4ef;--ink:#21252b;--soft:#5b636e;--rule:#dddcd4;--link:#0b5c8f;
---right:#1b7a4d;--wrong:#b3321f;--missed:#8a6100;--serif:Charter,"Bitstream Charter","Sitka Text",Cambria,"Noto Serif",Georgia,serif;
+--right:#1b7a4d;--wrong:#b3321f;--missed:#8a6100;
+--c1:#0f6ca8;--c2:#d1580d;--c3:#14866d;--c4:#a8528f;--c5:#c08a00;--c6:#5d6bb8;--c7:#7a5c3e;--c8:#6b7480;
+--serif:Charter,"Bitstream Charter","Sitka Text",Cambria,"Noto Serif",Georgia,serif;
 --sans:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue","Noto Sans","Liberation Sans",Arial,sans-serif;
 --mono:ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace}
 @media(prefers-color-scheme:dark){:root{--ground:#15171b;--panel:#1d2026;--ink:#e7e6e1;--soft:#a0a7b1;--rule:#343942;--link:#83bde6;
---right:#6cc596;--wrong:#f08c79;--missed:#dbb04f}}
+--right:#6cc596;--wrong:#f08c79;--missed:#dbb04f;
+--c1:#62aee3;--c2:#f2935a;--c3:#4fc3a3;--c4:#d98fc4;--c5:#e2b84d;--c6:#99a5ec;--c7:#c3a27f;--c8:#a3acb8}}
 *,*::before,*::after{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0;background:var(--ground);color:var(--ink);font:1.0625rem/1.6 var(--serif);overflow-wrap:break-word;
@@ -38,7 +41,7 @@ p,ul,ol{margin:0 0 1rem}li{margin:.25rem 0}ul,ol{padding-left:1.3rem}
 .byline{font:.86rem/1.5 var(--sans);color:var(--soft);margin:0}
 '''
 
-# %% ../../nbs/core/08_page.ipynb #787bb625
+# %% ../../nbs/core/08_page.ipynb #f51df662
 _CSS_FRAME = '''
 .frame{max-width:74rem;margin:0 auto;padding:clamp(1.6rem,5vw,4.5rem) clamp(1.1rem,4vw,3rem) 3rem;display:grid;grid-template-columns:minmax(0,1fr);
 grid-template-areas:"head" "toc" "main" "foot"}
@@ -51,19 +54,19 @@ nav{border-left:1px solid var(--rule);padding-left:1.2rem;align-self:start;posit
 nav ol{display:block}nav li{margin:.45rem 0}}
 main>:first-child>h2:first-child{border-top:0;margin-top:0;padding-top:0}
 section,main>figure,main>.grid,main>.facts,main>details{max-width:none}
-section>*{max-width:41rem}section>figure.table,section>figure.wide,section>.grid,section>.facts,section>section,section>details{max-width:none}
+section>*{max-width:41rem}section>h2,section>figure.table,section>figure.wide,section>.grid,section>.facts,section>section,section>details{max-width:none}
 h2 a,h3 a{color:inherit;text-decoration:none}
 footer{margin-top:4rem;padding-top:1rem;border-top:1px solid var(--rule);font:.84rem/1.5 var(--sans);color:var(--soft)}
 '''
 
-# %% ../../nbs/core/08_page.ipynb #418aa1a4
+# %% ../../nbs/core/08_page.ipynb #f394dd65
 _CSS_TABLE = '''
 figure{margin:1.7rem 0 2rem}
 figcaption{font:.88rem/1.5 var(--sans);color:var(--soft);max-width:41rem;margin-top:.7rem}
 figure.table>figcaption{margin:0 0 .6rem;color:var(--ink);font-weight:600}
 .scroll{overflow-x:auto;overscroll-behavior-x:contain;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font:.9rem/1.4 var(--sans);font-variant-numeric:tabular-nums lining-nums;border-top:1.5px solid var(--ink);
-border-bottom:1.5px solid var(--ink);min-width:min(100%,28rem)}
+border-bottom:1.5px solid var(--ink);min-width:min(100%,28rem);max-width:none}
 th,td{padding:.46rem .95rem .46rem 0;text-align:left;vertical-align:baseline;font-weight:400}
 th:last-child,td:last-child{padding-right:.2rem}
 thead th{color:var(--soft);font-weight:600;font-size:.82rem;border-bottom:1px solid var(--ink);vertical-align:bottom}
@@ -80,7 +83,7 @@ border-top:1px solid var(--rule);border-bottom:1px solid var(--rule)}
 .facts small{display:block;font-size:.8rem;font-weight:400;letter-spacing:0;color:var(--soft);margin-top:.2rem}
 '''
 
-# %% ../../nbs/core/08_page.ipynb #d134ab4a
+# %% ../../nbs/core/08_page.ipynb #bbc1283f
 _CSS_BLOCKS = '''
 svg.plot{display:block;max-width:100%;min-width:min(26rem,100vw);height:auto;overflow:visible}
 svg.plot *{stroke-linejoin:round;stroke-linecap:butt}
@@ -93,7 +96,7 @@ mark{background:none;color:inherit;text-decoration:underline 2px;text-underline-
 mark.right{color:var(--right);text-decoration-color:color-mix(in srgb,var(--right) 55%,transparent)}
 mark.wrong{color:var(--wrong);text-decoration-style:wavy;text-decoration-thickness:1.3px;text-decoration-color:var(--wrong)}
 mark.missed{color:var(--missed);text-decoration-style:dotted;text-decoration-color:var(--missed)}
-.legend{font:.84rem/1.5 var(--sans);color:var(--soft)}
+.legend{font:.84rem/1.5 var(--sans);color:var(--soft);display:flex;flex-wrap:wrap;gap:.1rem 1.4rem}
 .note{margin:1.6rem 0;padding:.1rem 0 .1rem 1.1rem;border-left:3px solid var(--link)}.note.warning{border-left-color:var(--wrong)}
 .note>:last-child{margin-bottom:0}
 details{margin:1.2rem 0;border-top:1px solid var(--rule);border-bottom:1px solid var(--rule);padding:.55rem 0}details+details{border-top:0;margin-top:-1.2rem}
