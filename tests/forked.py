@@ -24,7 +24,7 @@ def execute(notebook: str, copy: str, root: str, log: str, flags: list) -> None:
     os.environ.update(IN_TEST="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")
     import torch
     torch.set_num_threads(1)
-    from execnb.nbio import write_nb
+    from fastcore.nbio import write_nb
     from execnb.shell import CaptureShell
     from nbdev.clean import clean_nb
     from nbdev.process import NBProcessor

@@ -23,8 +23,8 @@ def results(request):
     flags = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["nbdev"]["tst_flags"]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["forked"])
-    old = {k: os.environ.get(k) for k in ("CAPNB_PRELOAD", "OMP_NUM_THREADS")}
-    os.environ.update(CAPNB_PRELOAD="1", OMP_NUM_THREADS="1")
+    old = {k: os.environ.get(k) for k in ("CAPNB_PRELOAD", "OMP_NUM_THREADS", "PYTHONPATH")}
+    os.environ.update(CAPNB_PRELOAD="1", OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), str(ROOT)]))
     starting = threading.Lock()
 
     def one(nb: Path):
