@@ -5,8 +5,7 @@ from PIL import Image
 from capnb.core.errors import ConfigError, DataError
 from capnb.data.coco import read_coco
 from capnb.data.folder import read_folder
-from capnb.data.load import load_data
-from capnb.data.records import CaptionDataset, Record, to_rgb
+from capnb.data.records import CaptionDataset, Record
 
 N = 4  # records of the good sets below; the cases spoil number 2
 
@@ -249,7 +248,7 @@ IMAGES = {
     'tiff cut off': (lambda: bytes_of('TIFF')[:100], 'undecodable image', ''),
     'bomb, 100 million pixels': (lambda: png(10_000, 10_000), 'image too large', '100,000,000'),
     'bomb, 2.5 billion pixels': (lambda: png(50_000, 50_000), 'image too large', '2500000000'),
-    'bomb in the text': (lambda: png(2, 2, b'\0'*14, chunk(b'zTXt', b'a\0\0' + zlib.compress(b'\0'*80_000_000))), 'undecodable image', '')}
+    'bomb in the text': (lambda: png(2, 2, b'\0'*14, chunk(b'zTXt', b'a\0\0' + zlib.compress(b'\0'*70_000_000))), 'undecodable image', '')}
 
 @pytest.mark.parametrize('case', IMAGES)
 @pytest.mark.filterwarnings('ignore')
@@ -304,6 +303,7 @@ ODD = {
     'one pixel high': lambda p: Image.new('RGB', (4, 1), 'white').resize((4, 2)).save(p, 'BMP')}
 
 @pytest.mark.parametrize('case', ODD)
+@pytest.mark.filterwarnings('ignore')  # Pillow's own words on the broken EXIF
 def test_odd_image(tmp_path, case):
     ODD[case](tmp_path/'x.jpg')  # the suffix does not matter
     image = Record(1, tmp_path/'x.jpg', ['white']).load_image()
@@ -340,8 +340,8 @@ def test_spoiled_bytes(coco, form):
     source = {'json': whole(good), 'jsonl': GOOD.encode(), 'csv': TABLE.encode(), 'png': bytes_of('PNG'), 'jpg': bytes_of('JPEG'), 'gif': bytes_of('GIF')}[form]
     read = (lambda **kw: read_folder(folder/'images', check_images=True, **kw)) if 'captions' in path.name else (lambda **kw: read_coco(folder/'c.json', folder/'images', check_images=True, **kw))
     read_or_not = 0
-    for i in range(120):
-        path.write_bytes(source[:len(source)*i//40] if i < 40 else spoil(source, rng))
+    for i in range(60):
+        path.write_bytes(source[:len(source)*i//20] if i < 20 else spoil(source, rng))
         for on_error in ('raise', 'skip'):
             try: data = read(on_error=on_error)
             except DataError as e: assert path.name in str(e) or 'c.json' in str(e)
