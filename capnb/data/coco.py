@@ -43,7 +43,7 @@ def not_utf8(
     "The error for bytes that are no UTF-8"
     return DataError('The file is not UTF-8 text', f'{path}, after line {line}' if line else path, do='save it as UTF-8')
 
-# %% ../../nbs/data/01_coco.ipynb #568947c2
+# %% ../../nbs/data/01_coco.ipynb #bae9ea8e
 _SPACE = re.compile(r'[ \t\n\r]*')
 
 class JsonStream:
@@ -75,6 +75,11 @@ class JsonStream:
         self.pos += 1
         return found
 
+    def next_item(self, end):
+        if self.peek() == end: return
+        self.take(',')
+        if self.peek() == end: raise self.error('a comma too many')
+
 # %% ../../nbs/data/01_coco.ipynb #39a77392
 class JsonReader(JsonStream):
     "`JsonStream` with `value`, which decodes what comes next, and `error`, which says where we are"
@@ -103,7 +108,7 @@ class JsonReader(JsonStream):
         if left <= 0 or message.startswith('Unterminated'): return fault('broken JSON', 'The JSON is cut off', where, 'a whole file', 'get the file again')
         return fault('broken JSON', f'The JSON is broken: {message}', where, do='correct the file at this line')
 
-# %% ../../nbs/data/01_coco.ipynb #9354ba15
+# %% ../../nbs/data/01_coco.ipynb #a5557d53
 def json_items(
     path # JSON file
 ): # yields (member or None, number or None, value)
@@ -122,7 +127,7 @@ def json_items(
                 if r.peek() == '[': yield from _elements(r, key)
                 else: yield key,None,r.value()
                 r.at = key
-                if r.peek() != '}': r.take(',')
+                r.next_item('}')
             r.take('}')
         if r.peek(): raise r.error('there is more text after the end')
 
@@ -135,7 +140,7 @@ def _elements(r, key):
         yield key,n,r.value()
         r.at = f'{key}[{n}]' if key else f'element {n}'
         n += 1
-        if r.peek() != ']': r.take(',')
+        r.next_item(']')
     r.take(']')
 
 # %% ../../nbs/data/01_coco.ipynb #903e2aca

@@ -129,7 +129,7 @@ def _table_rows(path, faults):
             return faults('broken table', f'The table is broken, probably by a quote that is not closed: {e}', f'{path}, line {at[0]}', 'quotes in pairs ("" inside a caption)')
         if row: yield at[0],row
 
-# %% ../../nbs/data/02_folder.ipynb #a3c16ab1
+# %% ../../nbs/data/02_folder.ipynb #340d8517
 SUFFIXES = '.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.avif', '.ppm'
 
 def read_texts(
@@ -152,7 +152,10 @@ def read_texts(
 
 def _add_text(b, path, text):
     "The lines of a .txt file as captions of an image"
-    lines = [line for _,line in text_lines(text, b.faults) if line.strip()]
+    try: lines = [line for _,line in text_lines(text, b.faults) if line.strip()]
+    except DataError as e:
+        if not b.faults.skip: raise
+        return b.faults('not UTF-8', e.what, text)
     b.add({'image': path, 'captions': lines or ['']}, text)
 
 # %% ../../nbs/data/02_folder.ipynb #079dfc01
