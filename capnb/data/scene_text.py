@@ -132,13 +132,13 @@ def captions(
     rng = random.Random(lot("captions", style, scene.seed, seed))
     return [STYLES[style](scene, rng, **kw) for _ in range(n)]
 
-# %% ../../nbs/data/12_scene_text.ipynb #bc9f7abb
+# %% ../../nbs/data/12_scene_text.ipynb #e5fcd6e2
 INSTRUCTIONS = {
     "detail": ("Describe the image in detail.", "Give a detailed description of the image.", "What does the image show? Tell me everything.", "Describe everything in the image in detail."),
     "sentence": ("Describe the image in one sentence.", "Write a short caption for the image.", "Give a one-sentence caption.", "Write one short sentence about the image."),
     "yes/no": ("{q} Answer yes or no.", "Yes or no: {q}", "{q} Yes or no?"),
     "short": ("{q} Answer briefly.", "{q} Give a short answer.", "{q} Answer in a word.")}
-SYSTEM = "A chat between a curious user and an assistant that looks at images."
+SYSTEM = "A user asks about an image."
 
 # %% ../../nbs/data/12_scene_text.ipynb #bfecd245
 NEW_KINDS = ("insect", "boat", "hat", "chair")
