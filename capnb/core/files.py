@@ -6,8 +6,8 @@
 __all__ = ['write_error', 'atomic_write', 'plain', 'write_json', 'read_bytes', 'read_json', 'append_line', 'read_lines', 'sha256',
            'cache_dir']
 
-# %% ../../nbs/core/01_files.ipynb #f474129f
-import errno, hashlib, json, math, os, shutil, tempfile
+# %% ../../nbs/core/01_files.ipynb #f2cc95dd
+import contextlib, errno, hashlib, json, math, os, shutil, tempfile
 from pathlib import Path
 from .errors import CapnbError, DataError
 
@@ -30,7 +30,7 @@ def write_error(
     why,do = _WHY.get(e.errno, (e.strerror or str(e), None))
     return CapnbError(f'Could not write: {why}', where=path, do=do)
 
-# %% ../../nbs/core/01_files.ipynb #e1d61068
+# %% ../../nbs/core/01_files.ipynb #6822288c
 def _sync_folder(folder):
     "Make a rename in `folder` last; not every file system can"
     try: fd = os.open(folder, os.O_RDONLY)
@@ -39,6 +39,7 @@ def _sync_folder(folder):
     except OSError: pass
     finally: os.close(fd)
 
+# %% ../../nbs/core/01_files.ipynb #6f3fe49d
 def atomic_write(
     path, # file to write; missing folders are made
     data # str (written as UTF-8) or bytes
@@ -70,13 +71,14 @@ def _mode(target):
     try: return target.stat().st_mode & 0o777
     except OSError: return 0o666 & ~_UMASK
 
-# %% ../../nbs/core/01_files.ipynb #26e61c7c
+# %% ../../nbs/core/01_files.ipynb #f48207cc
 def plain(
     obj, # anything made of dicts, lists, numbers, strings, arrays, paths, sets, dataclasses
     at:str='' # where we are, for the message
 ): # the same made of JSON's own types only
     "`obj` as plain JSON values; an error names the key path of what cannot be stored"
-    if obj is None or isinstance(obj, (str, bool)): return str(obj) if type(obj) not in (str, bool) and isinstance(obj, str) else obj
+    if obj is None or isinstance(obj, bool): return obj
+    if isinstance(obj, str): return str(obj)
     if isinstance(obj, int): return int(obj)
     if isinstance(obj, float):
         if not math.isfinite(obj): raise CapnbError(f'The number {obj} cannot be stored', where=f'at {at}' if at else None,
@@ -143,7 +145,7 @@ def read_json(
         raise DataError(what, where=f'{path}, line {e.lineno}') from None
     except (ValueError, RecursionError) as e: raise DataError(f'The file is not JSON: {e}', where=path) from None
 
-# %% ../../nbs/core/01_files.ipynb #c00199d0
+# %% ../../nbs/core/01_files.ipynb #fe6c8130
 def append_line(
     path, # file to append to; made when missing
     obj, # see `plain`
@@ -159,7 +161,9 @@ def append_line(
             try:
                 if f.write(line) != len(line): raise OSError(errno.ENOSPC, 'short write')
                 if sync: os.fsync(f.fileno())
-            except OSError: f.truncate(end); raise
+            except OSError:
+                with contextlib.suppress(OSError): f.truncate(end)
+                raise
     except OSError as e: raise write_error(path, e) from e
     return path
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from .errors import CapnbError, DataError
 from .files import plain, read_json, write_json
 
-# %% ../../nbs/core/04_results.ipynb #bb0cea7e
-PACKAGES = ('capnb', 'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'bitsandbytes', 'numpy', 'pycocoevalcap', 'spacy')
+# %% ../../nbs/core/04_results.ipynb #dbe134c6
+PACKAGES = ('capnb', 'torch', 'transformers', 'peft', 'accelerate', 'datasets', 'bitsandbytes', 'numpy', 'pycocoevalcap',
+            'spacy')
 
 def package_version(
     name:str # name of an installed package
@@ -26,7 +27,7 @@ def package_version(
     import capnb  # used from a checkout
     return getattr(capnb, '__version__', None)
 
-# %% ../../nbs/core/04_results.ipynb #5eb9aaf6
+# %% ../../nbs/core/04_results.ipynb #634c27a8
 def git_state(
     folder=None # top of a checkout; None: that of capnb itself
 )->dict: # commit, branch, dirty; all None when it is no checkout
@@ -34,7 +35,8 @@ def git_state(
     folder = Path(folder) if folder else Path(importlib.util.find_spec('capnb').origin).resolve().parents[1]
     none = dict(commit=None, branch=None, dirty=None)
     if not (folder/'.git').exists(): return none
-    def git(*args): return subprocess.run(['git', *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    def git(*args):
+        return subprocess.run(['git', *args], cwd=folder, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     try: return dict(commit=git('rev-parse', 'HEAD'), branch=git('rev-parse', '--abbrev-ref', 'HEAD'),
                      dirty=bool(git('status', '--porcelain', '--untracked-files=no')))
     except (OSError, subprocess.SubprocessError): return none
@@ -106,7 +108,7 @@ def check_result(
         wrong('train_info.metrics is not a list of objects')
     return result
 
-# %% ../../nbs/core/04_results.ipynb #e209feb1
+# %% ../../nbs/core/04_results.ipynb #7a5ae50c
 def result_path(
     folder, # folder of the results
     experiment:str # "method/name"
@@ -115,7 +117,7 @@ def result_path(
     experiment = str(experiment)
     method,_,rest = experiment.partition('/')
     name = re.sub(r'[^A-Za-z0-9._=+,@-]', '_', experiment.replace('/', '--')).lstrip('.')[:120]
-    if name != experiment.replace('/', '--') or '--' in method or '/' in rest:
+    if name != experiment.replace('/', '--') or '--' in method or '/' in rest:  # two names could meet here
         name += '--' + hashlib.sha256(experiment.encode('utf-8')).hexdigest()[:8]
     return Path(folder)/f'{name}.json'
 
@@ -127,7 +129,7 @@ def save_result(
     check_result(result)
     return write_json(result_path(folder, result['run_info']['experiment_name']), result)
 
-# %% ../../nbs/core/04_results.ipynb #1ecb2a1d
+# %% ../../nbs/core/04_results.ipynb #d526ffa0
 class Results(list):
     "Results in the order of their file names; `skipped` maps each unreadable file to the reason"
     def __init__(self, items=(), skipped=None):
@@ -143,10 +145,11 @@ def load_results(
     for path in sorted(folder.glob('*.json')):
         try: found.append(check_result(read_json(path), path))
         except DataError as e: found.skipped[path.name] = str(e)
-    if found.skipped: warnings.warn(f'Left out {len(found.skipped)} unreadable result(s): ' + '; '.join(found.skipped.values()), stacklevel=2)
+    if found.skipped: warnings.warn(f'Left out {len(found.skipped)} unreadable result(s): ' + '; '.join(found.skipped.values()),
+                                    stacklevel=2)
     return found
 
-# %% ../../nbs/core/04_results.ipynb #a512cf1c
+# %% ../../nbs/core/04_results.ipynb #b27e2ffa
 def find_done(
     folder, # folder of the results
     experiment:str, # "method/name"
@@ -159,10 +162,10 @@ def find_done(
     run = result['run_info']
     if result['train_info']['status'] != 'success' or run['experiment_name'] != experiment: return None
     if train_config is None: return result
-    same = run['train_config'] == plain(train_config) and run['peft_config'] == (None if peft_config is None else plain(peft_config))
+    same = (run['train_config'], run['peft_config']) == (plain(train_config), plain(peft_config))
     return result if same else None
 
-# %% ../../nbs/core/04_results.ipynb #eee1a7ea
+# %% ../../nbs/core/04_results.ipynb #78c2b0ca
 def result_row(
     result:dict # see `new_result`
 )->dict: # column -> value
@@ -170,8 +173,11 @@ def result_row(
     run,train,meta = result['run_info'],result['train_info'],result['meta_info']
     last = train['metrics'][-1] if train['metrics'] else {}
     peft = run['peft_config'] or {}
-    row = dict(experiment_name=run['experiment_name'], model_id=run['train_config'].get('model_id'), seed=run['train_config'].get('seed'),
-        peft_type=peft.get('peft_type') or ('full-finetuning' if train['num_trainable_params'] else 'none'), status=train['status'], total_time=run['total_time'], created_at=run['created_at'])
-    row.update({k:train.get(k) for k in ('train_time', 'file_size', 'num_trainable_params', 'num_total_params', 'accelerator_memory_max')})
+    row = dict(experiment_name=run['experiment_name'], model_id=run['train_config'].get('model_id'),
+        seed=run['train_config'].get('seed'),
+        peft_type=peft.get('peft_type') or ('full-finetuning' if train['num_trainable_params'] else 'none'),
+        status=train['status'], total_time=run['total_time'], created_at=run['created_at'])
+    row.update({k:train.get(k) for k in ('train_time', 'file_size', 'num_trainable_params', 'num_total_params',
+                                         'accelerator_memory_max')})
     row.update({f'{p}_version': meta['package_info'].get(f'{p}-version') for p in ('capnb', 'peft', 'transformers', 'torch')})
     return {**row, **{k:v for k,v in last.items() if k not in row}}
