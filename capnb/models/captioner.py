@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'Template', 'pad_rows', 'CaptionOutput', 'fingerprint', 'image_key', 'FeatureCache', 'roomy_cache',
-           'pictures', 'Captioner', 'method_of', 'cut_at', 'caption_joiner', 'caption_ids']
+           'pictures', 'Captioner', 'same_names', 'method_of', 'cut_at', 'caption_joiner', 'caption_ids']
 
 # %% ../../nbs/models/00_captioner.ipynb #2fc295fe
 import hashlib, json
@@ -177,7 +177,7 @@ def pictures(
         out.append(im if isinstance(im, torch.Tensor) or im.mode == "RGB" else im.convert("RGB"))
     return out
 
-# %% ../../nbs/models/00_captioner.ipynb #4ed7b6dd
+# %% ../../nbs/models/00_captioner.ipynb #9e5d8a5b
 class Captioner(nn.Module):
     "A captioner: `model` with its processor, template and vision-feature cache."
     def __init__(self,
@@ -189,6 +189,7 @@ class Captioner(nn.Module):
         super().__init__()
         self.model, self.processor, self.tokenizer, self.template_, self.name = model, processor, processor.tokenizer, template, name
         self.virtual, self.tuned_by, self.cache = None, None, FeatureCache()
+        self.vision_state = ""  # set by a method that switches its change of the vision tower on and off
 
     @property
     def device(self): return next(self.model.parameters()).device
@@ -223,12 +224,15 @@ class Captioner(nn.Module):
     def load_train_state(self, state: dict):
         "Put back what `train_state` gave."
         own = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        _same_names(own, state)
+        same_names(own, state)
         with torch.no_grad():
             for n, p in own.items(): p.copy_(state[n])
 
-# %% ../../nbs/models/00_captioner.ipynb #4e858f2d
-def _same_names(own, given):
+# %% ../../nbs/models/00_captioner.ipynb #71a7d788
+def same_names(
+    own: dict,  # name -> tensor, what is needed
+    given: dict,  # name -> tensor, what there is
+):
     "Complain when two sets of tensor names differ."
     if own.keys() != given.keys():
         more, less = sorted(given.keys() - own.keys())[:3], sorted(own.keys() - given.keys())[:3]

@@ -102,6 +102,16 @@ def collate(self,
     if self.virtual is not None: batch["slots"] = pad_rows(slots, -1, write)
     return batch
 
+# %% ../../nbs/models/02_generic.ipynb #be88f775
+@method_of(HFCaptioner)
+def prompt_ids(self,
+    instruction: str|None,  # None: the default
+) -> tuple:  # (token ids, slots)
+    "The tokens of the prompt with a blank picture, and where virtual tokens stand."
+    from PIL import Image
+    batch = self.collate([{"image": Image.new("RGB", (64, 64)), "prompt": instruction}])
+    return batch["input_ids"][0].tolist(), batch["slots"][0].tolist() if "slots" in batch else [-1] * batch["input_ids"].shape[1]
+
 # %% ../../nbs/models/02_generic.ipynb #73b0ac38
 @method_of(HFCaptioner)
 def model_inputs(self, batch):

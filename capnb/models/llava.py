@@ -100,7 +100,7 @@ class LlavaCaptioner(Captioner):
         cut = 1 if self.strategy == "default" else 0
         return torch.cat([states[l][:, cut:] for l in layers], dim=-1)
 
-# %% ../../nbs/models/01_llava.ipynb #356a04ac
+# %% ../../nbs/models/01_llava.ipynb #42140042
 @method_of(LlavaCaptioner)
 def tower_print(self) -> str:
     "Fingerprint of the vision tower, computed anew only when a weight was written."
@@ -118,7 +118,7 @@ def encode(self,
     "Vision features before the projector, from the cache where it has them."
     if isinstance(images, torch.Tensor): return images if images.ndim == 3 else images[None]
     images = list(images) if hasattr(images, "__len__") else [images]
-    tower, out = self.tower_print(), [im if isinstance(im, torch.Tensor) else None for im in images]
+    tower, out = self.tower_print() + self.vision_state, [im if isinstance(im, torch.Tensor) else None for im in images]
     for i, key in enumerate(keys := list(keys or [None] * len(images))):
         if key is None and out[i] is None: images[i] = pictures([images[i]])[0]; keys[i] = image_key(images[i])
     out = [self.cache.get(tower, k) if o is None else o for k, o in zip(keys, out)]
@@ -131,7 +131,7 @@ def encode(self,
     if todo: self.cache.flush()
     return torch.stack(out) if out else torch.zeros(0)
 
-# %% ../../nbs/models/01_llava.ipynb #65fcd7f0
+# %% ../../nbs/models/01_llava.ipynb #e0dc9772
 @method_of(LlavaCaptioner)
 def prompt_ids(self,
     instruction: str|None,  # None: the default
@@ -146,7 +146,7 @@ def prompt_ids(self,
         at = ids.index(self.image_id)
         ids = ids[:at] + [self.image_id] * self.visual_tokens + ids[at + 1:]
         source, slots = self.virtual.place(ids, ask) if self.virtual is not None else (range(len(ids)), [-1] * len(ids))
-        self._prompts[key] = [ids[s] for s in source], slots
+        self._prompts[key] = [ids[s] for s in source], list(slots)
     return self._prompts[key]
 
 # %% ../../nbs/models/01_llava.ipynb #a5a9707c
