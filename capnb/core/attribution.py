@@ -12,7 +12,7 @@ import numpy as np
 from .errors import DataError
 from .files import plain
 
-# %% ../../nbs/core/05_attribution.ipynb #dd619049
+# %% ../../nbs/core/05_attribution.ipynb #3ca26a6e
 class Attribution:
     "Scores of the closest training captions for each test caption"
     def __init__(self,
@@ -37,7 +37,8 @@ class Attribution:
         return len(self.test_ids), len(self.train_ids)
     def __len__(self): return len(self.test_ids)
     def __repr__(self):
-        return f"{self.method}: {self.shape[0]} test x {self.shape[1]} training captions, top {self.index.shape[1]}, {'exact' if self.exact else 'estimated'}"
+        n,m = self.shape
+        return f"{self.method}: {n} test x {m} training captions, top {self.index.shape[1]}, {'exact' if self.exact else 'estimated'}"
 
 # %% ../../nbs/core/05_attribution.ipynb #2eb14584
 def check_attribution(

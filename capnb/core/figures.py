@@ -9,7 +9,7 @@ __all__ = ['INK', 'RULE', 'COLOURS', 'plot_style', 'plotting', 'new_figure', 'fi
 import contextlib, hashlib, io, re
 from .markup import Html, tag
 
-# %% ../../nbs/core/07_figures.ipynb #e0721619
+# %% ../../nbs/core/07_figures.ipynb #00b6b93d
 INK,RULE = '#21252b','#d9d8d1'  # in figures: replaced by the page's colours
 COLOURS = ('#0f6ca8', '#d1580d', '#14866d', '#a8528f', '#c08a00', '#5d6bb8', '#7a5c3e', '#6b7480')  # legible on light and dark
 
@@ -17,11 +17,13 @@ def plot_style(**kw)->dict: # for `matplotlib.rc_context`
     "Settings of matplotlib that suit the page; `kw` overrides single ones"
     from cycler import cycler
     return {'figure.figsize': (6.4, 3.6), 'figure.constrained_layout.use': True, 'font.size': 10, 'axes.titlesize': 10.5,
-        'axes.titleweight': 'medium', 'axes.titlelocation': 'left', 'axes.spines.top': False, 'axes.spines.right': False,
-        'axes.grid': True, 'grid.color': RULE, 'grid.linewidth': .7, 'axes.axisbelow': True, 'axes.edgecolor': INK, 'axes.labelcolor': INK,
+        'axes.titlelocation': 'left', 'axes.spines.top': False, 'axes.spines.right': False,
+        'axes.grid': True, 'grid.color': RULE, 'grid.linewidth': .7, 'axes.axisbelow': True,
+        'axes.edgecolor': INK, 'axes.labelcolor': INK,
         'text.color': INK, 'xtick.color': INK, 'ytick.color': INK, 'axes.linewidth': .8, 'lines.linewidth': 1.8, 'lines.markersize': 6,
         'legend.frameon': False, 'axes.prop_cycle': cycler(color=COLOURS), 'axes.formatter.use_locale': False, **kw}
 
+# %% ../../nbs/core/07_figures.ipynb #06a1380d
 @contextlib.contextmanager
 def plotting(
     **style # settings of matplotlib that override `plot_style`; write dots as `__`
@@ -41,7 +43,7 @@ def new_figure(
     fig = Figure(); FigureCanvasAgg(fig)
     return fig, fig.subplots(rows, columns, **kwargs)
 
-# %% ../../nbs/core/07_figures.ipynb #810bd6e1
+# %% ../../nbs/core/07_figures.ipynb #2174f4f4
 _TO_PAGE = [(INK, 'currentColor'), ('#000000', 'currentColor'), (RULE, 'var(--rule)'), ('#ffffff', 'var(--ground)'),
             *((c, f'var(--c{i},{c})') for i,c in enumerate(COLOURS, 1))]
 
@@ -63,9 +65,9 @@ def figure_svg(
     for a,b in _TO_PAGE: svg = re.sub(f'((?:fill|stroke): ){a}', rf'\g<1>{b}', svg)
     svg = _own_ids(svg)
     width = float(re.search(r'width="([\d.]+)pt"', svg)[1])*4/3
-    svg = re.sub(r'^<svg [^>]*viewBox="([^"]*)"[^>]*>', lambda m: tag('svg', cls='plot', viewBox=m[1], role='img', aria_label=alt,
-        fill='currentColor', style=f'width:{width:.0f}px').removesuffix('</svg>'), svg)
-    return Html(svg.strip())
+    box = re.search(r'viewBox="([^"]*)"', svg)[1]
+    start = tag('svg', cls='plot', viewBox=box, role='img', aria_label=alt, fill='currentColor', style=f'width:{width:.0f}px')
+    return Html(start.removesuffix('</svg>') + svg[svg.index('>')+1:].strip())
 
 # %% ../../nbs/core/07_figures.ipynb #0f8d3fa0
 def _own_ids(svg):

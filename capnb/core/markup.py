@@ -102,7 +102,7 @@ def _best(rows, column, side):
     top = (max if side == 'high' else min)(values.values(), default=None)
     return {i for i,v in values.items() if v == top} if len(values) > 1 else set()
 
-# %% ../../nbs/core/06_markup.ipynb #6bcdda0d
+# %% ../../nbs/core/06_markup.ipynb #034c5157
 def table(
     rows, # list of rows; a cell is text, a number, (value, low, high), or `Html`
     header=None, # names of the columns
@@ -117,17 +117,18 @@ def table(
         if len(r) != width: raise CapnbError(f'Row {i} of the table has {len(r)} cells', expected=str(width))
     places = _columns(digits if isinstance(digits, dict) else dict.fromkeys(range(width), digits), header)
     marked = {(i,j) for j,side in _columns(best or {}, header).items() for i in _best(rows, j, side)}
-    right = [any(_number(r[j]) is not None for r in rows) and all(not isinstance(r[j], str) or isinstance(r[j], Html) for r in rows)
-             for j in range(width)]
+    words = [any(isinstance(r[j], str) and not isinstance(r[j], Html) for r in rows) for j in range(width)]
+    right = [not words[j] and any(_number(r[j]) is not None for r in rows) for j in range(width)]
     def td(i, j, cell):
         cls = ' '.join(c for c,on in [('n', right[j]), ('best', (i,j) in marked)] if on) or None
         return tag('th' if j == 0 else 'td', _cell(cell, places.get(j, 3)), scope='row' if j == 0 else None, cls=cls)
-    head = tag('thead', tag('tr', *(tag('th', h, scope='col', cls='n' if right[j] else None) for j,h in enumerate(header)))) if header else ''
+    names = (tag('th', h, scope='col', cls='n' if right[j] else None) for j,h in enumerate(header or ()))
+    head = tag('thead', tag('tr', *names)) if header else ''
     body = tag('tbody', *(tag('tr', *(td(i, j, c) for j,c in enumerate(r))) for i,r in enumerate(rows)))
     box = tag('div', tag('table', head, body), cls='scroll', tabindex=0, role='region', aria_label=caption or 'table')
     return tag('figure', tag('figcaption', caption) if caption else '', box, cls='table')
 
-# %% ../../nbs/core/06_markup.ipynb #02f3e51f
+# %% ../../nbs/core/06_markup.ipynb #ff4dc4fa
 MARKS = {'right': 'right: in the image', 'wrong': 'hallucinated: not in the image', 'missed': 'missed: in the image, not said'}
 
 def marked(
@@ -138,7 +139,8 @@ def marked(
     out,at = [],0
     for start,end,kind in sorted(spans):
         if kind not in MARKS: raise ConfigError(f'There is no mark called {kind!r}', expected='one of ' + ', '.join(MARKS))
-        if not at <= start < end <= len(text): raise CapnbError(f'The span {start}-{end} overlaps another or leaves the text', where=repr(text))
+        if not at <= start < end <= len(text):
+            raise CapnbError(f'The span {start}-{end} overlaps another or leaves the text', where=repr(text))
         out += [text[at:start], tag('mark', text[start:end], cls=kind, title=MARKS[kind])]
         at = end
     return Html('').join([*out, text[at:]])
@@ -147,7 +149,7 @@ def legend()->Html: # one line
     "What the marks mean"
     return tag('p', *(tag('span', tag('mark', v.split(': ')[0], cls=k), ': ' + v.split(': ')[1]) for k,v in MARKS.items()), cls='legend')
 
-# %% ../../nbs/core/06_markup.ipynb #a376cc55
+# %% ../../nbs/core/06_markup.ipynb #b4103a72
 def image_uri(
     image, # PIL image
     max_side:int=640, # larger images are made smaller than this
@@ -164,6 +166,7 @@ def image_uri(
     _,kind,data = min(found)
     return f'data:image/{kind};base64,{base64.b64encode(data).decode("ascii")}'
 
+# %% ../../nbs/core/06_markup.ipynb #b8f44cb4
 def image(
     picture, # PIL image, or an address that `image_uri` gave
     alt:str, # what it shows, for those who do not see it
@@ -174,7 +177,7 @@ def image(
     if not src.startswith('data:image/'): raise CapnbError('An image of a page must lie inside it', expected='a PIL image or a data: address')
     return tag('img', src=src, alt=alt, width=width, loading='lazy', decoding='async')
 
-# %% ../../nbs/core/06_markup.ipynb #f807b196
+# %% ../../nbs/core/06_markup.ipynb #1aea138a
 def card(
     *content, # texts or `Html`
     title:str=None # small heading
@@ -189,6 +192,7 @@ def grid(
     "Blocks side by side, in as many columns as the page has room for"
     return tag('div', *cards, cls='grid', style=f'--col:{int(width)}px')
 
+# %% ../../nbs/core/06_markup.ipynb #3ff63d02
 def figure(
     content, # `Html`: a drawing, an image, several of them
     caption=None, # what it shows, set below
@@ -202,10 +206,11 @@ def facts(
 )->Html: # a row of large numbers
     "A few numbers that matter most"
     def one(value, label, detail=None):
-        return tag('div', tag('dt', label), tag('dd', num(value) if isinstance(value, Real) else value, tag('small', detail) if detail else ''))
+        value = num(value) if isinstance(value, Real) else value
+        return tag('div', tag('dt', label), tag('dd', value, tag('small', detail) if detail else ''))
     return tag('dl', *(one(*i) for i in items), cls='facts')
 
-# %% ../../nbs/core/06_markup.ipynb #da918f83
+# %% ../../nbs/core/06_markup.ipynb #3d54061c
 def note(
     *content, # texts or `Html`
     kind:str='note' # 'note', 'warning'
@@ -220,6 +225,7 @@ def details(
     "Something that is folded away; print shows it"
     return tag('details', tag('summary', summary), *content)
 
+# %% ../../nbs/core/06_markup.ipynb #152b7806
 def code(
     text:str # a command or some lines of code
 )->Html: # shown as typed

@@ -166,18 +166,19 @@ class Page:
         "Write the page to `path`, wholly or not at all"
         return atomic_write(path, self.html())
 
-# %% ../../nbs/core/08_page.ipynb #39f5c77d
+# %% ../../nbs/core/08_page.ipynb #4457eea2
 def page_html(
     page:Page # title, lead, byline, parts
 )->str: # from <!doctype html> to </html>
     "The whole document of `page`, with its style and its policy"
     css = re.sub(r'\n', '', _CSS_BASE + _CSS_FRAME + _CSS_TABLE + _CSS_BLOCKS)
     head = tag('head', tag('meta', charset='utf-8'), tag('meta', name_='viewport', content='width=device-width, initial-scale=1'),
-        tag('meta', http_equiv='Content-Security-Policy', content=_POLICY), tag('meta', name_='generator', content=f'capnb {capnb.__version__}'),
-        tag('title', page.title), tag('style', Html(css)))
+        tag('meta', http_equiv='Content-Security-Policy', content=_POLICY),
+        tag('meta', name_='generator', content=f'capnb {capnb.__version__}'), tag('title', page.title), tag('style', Html(css)))
     top = tag('header', tag('h1', page.title), tag('p', page.lead, cls='lead') if page.lead else '',
               tag('p', page.byline, cls='byline') if page.byline else '')
-    toc = tag('nav', bullets([tag('a', t, href=f'#{i}') for i,t in page.sections.items()], ordered=True), aria_label='Contents')
+    links = [tag('a', t, href=f'#{i}') for i,t in page.sections.items()]
+    toc = tag('nav', bullets(links, ordered=True), aria_label='Contents')
     show = len(page.sections) > 2
     foot = tag('footer', f'Made with capnb {capnb.__version__}. This file is complete: it loads nothing and runs no script.')
     body = tag('div', top, toc if show else '', tag('main', *page.parts), foot, cls='frame toc' if show else 'frame')
