@@ -2,4 +2,7 @@
 from capnb._lazy import lazy
 
 lazy(__name__,
-     captioner="Captioner load_captioner BASES")
+     captioner="Captioner Template",
+     llava="LlavaCaptioner",
+     generic="HFCaptioner",
+     load="load_captioner BASES")

@@ -2,4 +2,6 @@
 from capnb._lazy import lazy
 
 lazy(__name__,
-     loop="train")
+     config="TrainConfig",
+     loop="train stop_training Interrupted",
+     objective="caption_loss")
