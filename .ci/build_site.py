@@ -4,6 +4,7 @@ Notebooks are staged in a scratch folder (the executed copies of the last test r
 entries, pages lose the number of their notebook, and Quarto renders them where it is installed, smalldocs elsewhere: the
 addresses are the same. Formulas become MathML here, so that no page asks the network for anything.
 `--check` also runs `smalldocs check`, which lists broken links and ignored keys; any finding is an error.
+Any other .html file under nbs/ (a finished report) goes along under its own name, and can be linked from a notebook.
 """
 import argparse, ast, html, json, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
@@ -126,10 +127,10 @@ def build(out: Path, check: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="capnb-site-") as tmp:
         pages = stage(Path(tmp))
         settings(pages, bool(quarto))
+        smalldocs = lambda *args: subprocess.run([sys.executable, "-m", "smalldocs.cli", *args, str(pages)], check=True)
+        if check and not quarto: smalldocs("check")  # it knows the settings of its own renderer; links are the same in both
         if quarto: subprocess.run([quarto, "render", "--no-execute"], cwd=pages, check=True)
-        else: subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", "--strict", "--quiet", str(pages)], check=True)
-        if check:
-            subprocess.run([sys.executable, "-m", "smalldocs.cli", "check", str(pages)], check=True)
+        else: smalldocs("render", "--strict", "--quiet")
         finish(pages / "_site")
         shutil.rmtree(out, ignore_errors=True)
         shutil.move(pages / "_site", out)
