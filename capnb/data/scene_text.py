@@ -58,10 +58,19 @@ SHORT = {"left of": "left of", "right of": "right of", "above": "over", "below":
 REWORDED = {"left of": "on the left side of", "right of": "on the right side of", "above": "higher than", "below": "beneath", "inside": "within", "on": "atop"}
 PLACE = dict(grass="on the grass", sand="on the sand", snow="in the snow", sky="in the sky", night="at night", brick="in front of a brick wall")
 
-# %% ../../nbs/data/12_scene_text.ipynb #3f4632f5
+# %% ../../nbs/data/12_scene_text.ipynb #d12ff875
 OPENINGS = ("The image shows", "The picture shows", "In this image there {is}")
 
 def _listed(parts): return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+def _in_order(scene):
+    "Things and relations from left to right and top to bottom, so that a description has one order."
+    relations = [(o, INVERSE[r], s) if r in ("right of", "below") else (s, r, o) for s, r, o in scene.relations]
+    last = relations[-1] if relations else (0, None, 0)
+    order = list(range(len(scene.things)))
+    if len(order) == 3 and last[0] == 2: order = [2, 0, 1]
+    if len(order) == 2 and last[0] == 1: order = [1, 0]
+    return [scene.things[i] for i in order], [(scene.things[s], r, scene.things[o]) for s, r, o in relations]
 
 def detailed_caption(
     scene:Scene, # what to describe
@@ -69,11 +78,10 @@ def detailed_caption(
     finer:bool=False, # finer names
 )->str:
     "A full description in the base model's native style."
-    opening = rng.choice(OPENINGS).format(**{"is": "are" if scene.things[0].count > 1 else "is"})
-    out = [f"{opening} {_listed([phrase(t, finer=finer) for t in scene.things])}."]
-    for s, r, o in scene.relations:
-        a, b = scene.things[s], scene.things[o]
-        out.append(f"The {name(a, finer)} {'are' if a.count > 1 else 'is'} {LONG[r]} the {name(b, finer)}.")
+    things, relations = _in_order(scene)
+    opening = rng.choice(OPENINGS).format(**{"is": "are" if things[0].count > 1 else "is"})
+    out = [f"{opening} {_listed([phrase(t, finer=finer) for t in things])}."]
+    for a, r, b in relations: out.append(f"The {name(a, finer)} {'are' if a.count > 1 else 'is'} {LONG[r]} the {name(b, finer)}.")
     return " ".join(out + [f"The background is {scene.background}."])
 
 # %% ../../nbs/data/12_scene_text.ipynb #12ce26fe

@@ -23,10 +23,11 @@ from ..models.captioner import IGNORE, pad_rows
 from . import tiny_parts
 from .tiny_parts import DenseHeads, dense_truth, new_tiny, pixels_of, principal_patches, tiny_tokenizer
 
-# %% ../../nbs/train/11_tiny_recipe.ipynb #d30ad7c8
-RECIPE = dict(seed=0, vocabulary=1400,
-    see=dict(steps=2500, batch=48, lr=1.5e-3, warmup=300, decay=1.),
-    obey=dict(steps=5000, batch=32, lr=1.2e-3, vision_lr=4e-4, warmup=200, decay=.35, dense=.25),
+# %% ../../nbs/train/11_tiny_recipe.ipynb #a43b6cf5
+RECIPE = dict(seed=0, vocabulary=1400, width=128, processes=2,
+    see=dict(steps=2570, batch=48, lr=1.5e-3, warmup=300, decay=1.),
+    look=dict(steps=2600, batch=64, lr=1.2e-3, warmup=200, decay=1.),
+    obey=dict(steps=3000, batch=32, lr=1.2e-3, warmup=100, decay=.35, easy=500),
     sorts={"sentence": .35, "yes/no": .3, "short": .35})
 
 def rate(
@@ -47,18 +48,19 @@ def recipe_hash()->str: # 16 hex digits
     code = [ast.dump(ast.parse(inspect.getsource(m))) for m in (tiny_parts, importlib.import_module("capnb.train.tiny_recipe"))]
     return hashlib.sha256(json.dumps([RECIPE, code, scenes_hash()], sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/train/11_tiny_recipe.ipynb #a9931c72
+# %% ../../nbs/train/11_tiny_recipe.ipynb #25e545cb
 def see_batch(
     step:int, # which batch
     n:int, # scenes
+    stage:str="see", # see or look: other scenes
 )->tuple: # images (n, 64, 64, 3) uint8, slots, centres, grounds
     "Scenes with their dense truth."
-    scenes = [draw_scene(lot("source", "pretrain", 0, step*n + j)) for j in range(n)]
+    scenes = [draw_scene(lot("source", "pretrain" if stage == "see" else stage, 0, step*n + j)) for j in range(n)]
     slots, centres = map(np.stack, zip(*map(dense_truth, scenes)))
     return (np.stack([render(s) for s in scenes]), torch.from_numpy(slots), torch.from_numpy(centres),
             torch.tensor([BACKGROUNDS.index(s.background) for s in scenes]))
 
-# %% ../../nbs/train/11_tiny_recipe.ipynb #546146b0
+# %% ../../nbs/train/11_tiny_recipe.ipynb #0022869b
 def text_batch(
     captioner, # knows its template and tokenizer
     pairs, # (instruction, answer)
@@ -75,17 +77,18 @@ def obey_batch(
     captioner, # knows its template and tokenizer
     step:int, # which batch
     n:int, # scenes
-)->tuple: # images, dense truth, (detail texts, other texts)
+    part:int=0, # which of the processes that share a step
+    parts:int=1, # processes
+)->tuple: # images, (detail texts, other texts)
     "Scenes with two instructions each: a full description, and something else."
-    scenes = [draw_scene(lot("source", "instruct", 0, step*n + j)) for j in range(n)]
-    rng = random.Random(lot("instruct", step))
+    rng = random.Random(lot("instruct", step, part))
+    easy = max(0, 1 - step/RECIPE["obey"]["easy"])
+    scenes = [draw_scene(lot("source", "instruct", 0, (step*parts + part)*n + j), kind="one" if rng.random() < easy else None) for j in range(n)]
     sorts = rng.choices(list(RECIPE["sorts"]), list(RECIPE["sorts"].values()), k=n)
-    slots, centres = map(np.stack, zip(*map(dense_truth, scenes)))
-    dense = torch.from_numpy(slots), torch.from_numpy(centres), torch.tensor([BACKGROUNDS.index(s.background) for s in scenes])
     texts = [text_batch(captioner, [instruction(s, k, rng) for s, k in zip(scenes, kinds)]) for kinds in (["detail"]*n, sorts)]
-    return np.stack([render(s) for s in scenes]), dense, texts
+    return np.stack([render(s) for s in scenes]), texts
 
-# %% ../../nbs/train/11_tiny_recipe.ipynb #55644b15
+# %% ../../nbs/train/11_tiny_recipe.ipynb #250cc32d
 def answer_loss(
     captioner, # a `LlavaCaptioner`
     features:torch.Tensor, # (B, V, d_v) vision features
@@ -105,38 +108,47 @@ def see_loss(captioner, heads, batch):
 
 def obey_loss(captioner, heads, batch):
     "Loss of the second stage."
-    images, dense, (detail, other) = batch
-    v = captioner.vision_features(pixels_of(images)) # (B, V, d_v)
-    seen, accuracy = heads(v, *dense)
+    images, (detail, other) = batch
+    with torch.no_grad(): v = captioner.vision_features(pixels_of(images)) # (B, V, d_v)
     a, b = answer_loss(captioner, v, detail), answer_loss(captioner, v, other)
-    return a + b + RECIPE["obey"]["dense"]*seen, dict(detail=a.item(), other=b.item(), kinds=accuracy.item())
+    return a + b, dict(detail=a.item(), other=b.item())
 
-# %% ../../nbs/train/11_tiny_recipe.ipynb #05b9cec5
+# %% ../../nbs/train/11_tiny_recipe.ipynb #e5467f40
 class _Fresh(torch.utils.data.IterableDataset):
     def __init__(self, make, start): self.make, self.start = make, start
     def __iter__(self):
         for step in range(self.start, 10**9): yield self.make(step)
 
-def _groups(captioner, heads, stage):
-    tower = list(captioner.tower.parameters()) + list(heads.parameters())
-    if stage == "see": return [dict(params=tower, lr=RECIPE["see"]["lr"])]
-    rest = [*captioner.projector.parameters(), *captioner.decoder.parameters(), *captioner.head.parameters()]
-    return [dict(params=tower, lr=RECIPE["obey"]["vision_lr"]), dict(params=rest, lr=RECIPE["obey"]["lr"])]
+def _average(parameters):
+    "Average gradients over processes."
+    import torch.distributed as dist
+    if not dist.is_initialized(): return
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, g in zip(parameters, flat.split([p.numel() for p in parameters])): p.grad.copy_(g.view_as(p)/dist.get_world_size())
 
-# %% ../../nbs/train/11_tiny_recipe.ipynb #a8cce2e6
+def _trained(captioner, heads, stage):
+    if stage != "obey": return [*captioner.tower.parameters(), *heads.parameters()]
+    return [*captioner.projector.parameters(), *captioner.decoder.parameters(), *captioner.head.parameters()]
+
+# %% ../../nbs/train/11_tiny_recipe.ipynb #10bcf2d8
 def run_stage(
     captioner, # the network
     heads:DenseHeads, # read-outs of the tower
-    stage:str, # "see" or "obey"
+    stage:str, # "see", "look" or "obey"
     folder, # where state and log are kept
     workers:int=1, # processes that draw scenes
     every:int=250, # steps between two saved states
 ):
     "Train one stage; goes on from a saved state."
+    import torch.distributed as dist
     r, folder = RECIPE[stage], Path(folder)
-    make = (lambda step: see_batch(step, r["batch"])) if stage == "see" else (lambda step: obey_batch(captioner, step, r["batch"]))
-    optimizer = torch.optim.AdamW(_groups(captioner, heads, stage), weight_decay=.02, betas=(.9, .98))
-    base, state, start = [g["lr"] for g in optimizer.param_groups], folder/f"{stage}.pt", 0
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = r["batch"]//world
+    make = (lambda step: see_batch(step*world + rank, share, stage)) if stage != "obey" else (lambda step: obey_batch(captioner, step, share, rank, world))
+    trained = _trained(captioner, heads, stage)
+    optimizer = torch.optim.AdamW(trained, lr=r["lr"], weight_decay=.02, betas=(.9, .98))
+    state, start = folder/f"{stage}.pt", 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         captioner.model.load_state_dict(saved["model"]); heads.load_state_dict(saved["heads"]); optimizer.load_state_dict(saved["optimizer"])
@@ -145,11 +157,13 @@ def run_stage(
     fresh = iter(torch.utils.data.DataLoader(_Fresh(make, start), batch_size=None, num_workers=workers))
     captioner.train()
     for step in (bar := progress(range(start, r["steps"]), label=stage, unit="step")):
-        for g, lr in zip(optimizer.param_groups, base): g["lr"] = lr*rate(step, r["steps"], r["warmup"], r["decay"])
-        loss, log = (see_loss if stage == "see" else obey_loss)(captioner, heads, next(fresh))
+        optimizer.param_groups[0]["lr"] = r["lr"]*rate(step, r["steps"], r["warmup"], r["decay"])
+        loss, log = (obey_loss if stage == "obey" else see_loss)(captioner, heads, next(fresh))
         optimizer.zero_grad(); loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.)
+        _average([p for p in trained if p.grad is not None])
+        torch.nn.utils.clip_grad_norm_(trained, 1.)
         optimizer.step(); bar.set_postfix(log)
+        if rank: continue
         if step % 25 == 0: append_line(folder/"log.jsonl", dict(stage=stage, step=step, loss=round(loss.item(), 4), time=round(time.time()), **{k: round(v, 4) for k, v in log.items()}))
         if (step + 1) % every == 0 or step + 1 == r["steps"]: _save(state, captioner, heads, optimizer, step + 1)
     captioner.eval()
