@@ -10,7 +10,7 @@ import forked
 import pytest
 from conftest import ROOT
 
-LIMIT = 120  # seconds for one notebook
+LIMIT = float(os.environ.get("CAPNB_NOTEBOOK_SECONDS", 120))  # for one notebook; more on a machine that is busy with something else
 NBS, DONE = ROOT / "nbs", ROOT / ".executed"
 notebooks = sorted(p for p in NBS.rglob("*.ipynb") if not any(o.startswith((".", "_")) for o in p.relative_to(NBS).parts))
 ids = [p.relative_to(NBS).as_posix() for p in notebooks]
@@ -73,7 +73,7 @@ def same(a: str, b: str) -> bool:
 def test_notebook(nb, results):
     code, took, log = results[nb].result()
     text = log.read_text(encoding="utf-8", errors="replace")[-4000:]
-    assert code != "late", f"{nb.name} ran longer than {LIMIT} s\n{text}"
+    assert code != "late", f"{nb.name} ran longer than {LIMIT:.0f} s\n{text}"
     assert code == 0, f"{nb.name} failed (exit code {code})\n{text}"
     load = lambda p: json.loads(p.read_text(encoding="utf-8"))["cells"]
     for saved, now in zip(load(nb), load(DONE / nb.relative_to(NBS)), strict=True):
