@@ -15,7 +15,7 @@ from ..core.registry import Registry
 from .coco_scorers import NO_JAVA, Measure, find_java, prepare
 from .significance import bootstrap, two_level
 
-# %% ../../nbs/metrics/03_scores.ipynb #3553fa53
+# %% ../../nbs/metrics/03_scores.ipynb #68922063
 METRICS = Registry("metric", {
     "bleu": "capnb.metrics.coco_scorers:bleu",
     "rouge_l": "capnb.metrics.coco_scorers:rouge_l",
@@ -23,6 +23,7 @@ METRICS = Registry("metric", {
     "meteor": "capnb.metrics.coco_scorers:meteor",
     "style": "capnb.metrics.style:style",
     "scenes": "capnb.metrics.truth:scenes",
+    "scene_kinds": "capnb.metrics.truth:scene_kinds",
 }, "capnb.metrics")
 
 # %% ../../nbs/metrics/03_scores.ipynb #dc8b5262
@@ -104,13 +105,13 @@ def from_json(
 
 Scores.to_json, Scores.from_json = to_json, staticmethod(from_json)
 
-# %% ../../nbs/metrics/03_scores.ipynb #3594e798
+# %% ../../nbs/metrics/03_scores.ipynb #d037f6ea
 def _load(metrics, truth):
     "Name -> function of the asked metrics, or of all that can run"
-    names = [n for n in METRICS.names() if n != "scenes" or truth is not None] if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
+    names = [n for n in METRICS.names() if n != "scene_kinds" and (n != "scenes" or truth is not None)] if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
     known = {fold(n): n for n in METRICS.names()} | {"bleu4": "bleu"} | {f"bleu{k}": "bleu" for k in range(1, 4)}
     out = {known.get(fold(n), n): METRICS.load(known.get(fold(n), n)) for n in names}
-    if "scenes" in out and truth is None: raise MetricError("The metric 'scenes' needs the truth of the images", do="pass truth=")
+    if truth is None and out.keys() & {"scenes", "scene_kinds"}: raise MetricError("The metrics of generated scenes need the truth of the images", do="pass truth=")
     return out
 
 def _fingerprint(x):
