@@ -310,7 +310,7 @@ def cut_at(
     "The tokens before the first end token."
     return ids[:next((i for i, t in enumerate(ids) if t in ends), len(ids))]
 
-# %% ../../nbs/models/00_captioner.ipynb #be79de9d
+# %% ../../nbs/models/00_captioner.ipynb #cec4dd20
 def caption_joiner(
     tokenizer,  # a transformers tokenizer
 ) -> str:  # "" or " "
@@ -328,4 +328,5 @@ def caption_ids(self,
         raise DataError("this caption is empty or not a text", where=repr(caption)[:60], expected="a sentence", do="leave the record out")
     if not hasattr(self, "_join"): self._join = caption_joiner(self.tokenizer)
     ids = self.tokenizer(self._join + caption.strip(), add_special_tokens=False)["input_ids"]
-    return ids + [self.tokenizer.eos_token_id]
+    marks = (getattr(self.model.config, "image_token_id", None), self.tokenizer.eos_token_id)  # a caption may quote them
+    return [i for i in ids if i not in marks] + [self.tokenizer.eos_token_id]
