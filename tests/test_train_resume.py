@@ -111,6 +111,7 @@ def job(spec):
 def serve():
     "Fork a child per line of stdin, {'spec':, 'log':, 'kill_after':, 'signal_after':}; answers with the exit status."
     import torch, accelerate, safetensors.torch, capnb.train.loop  # noqa: F401
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])  # imports a good deal, once instead of in each child
     print("ready", flush=True)
     for line in sys.stdin:
         o = json.loads(line)
