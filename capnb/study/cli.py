@@ -251,3 +251,6 @@ def notebooks(args):
     "Copy the tutorial notebooks and say which"
     done = copy_notebooks(args.folder)
     print('\n'.join(map(str, done)) if done else f'All tutorial notebooks are in {args.folder} already; they were left alone.')
+
+# %% ../../nbs/study/07_cli.ipynb #7d9698c0
+if __name__=='__main__': sys.exit(main())
