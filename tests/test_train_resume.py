@@ -160,7 +160,7 @@ class Server:
 def server():
     s = Server()
     yield s
-    s.p.stdin.close(); s.p.wait(10)
+    s.p.kill(); s.p.wait()
 
 
 @pytest.fixture(scope="module")
