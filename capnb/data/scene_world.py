@@ -141,19 +141,15 @@ def _group(rng, thing, x0, y0, x1, y1):
         jx, jy = min(3, max(0, jx)), min(3, max(0, jy))
         thing.boxes.append((round(cx - s/2 + rng.uniform(-jx, jx)), round(cy - s/2 + rng.uniform(-jy, jy)), s, s))
 
-# %% ../../nbs/data/10_scene_world.ipynb #19c764f7
-def _pair(rng, a, b, relation, x0, y0, x1, y1):
-    "Place `a` on or inside `b` within a rectangle."
+# %% ../../nbs/data/10_scene_world.ipynb #2d7b860a
+def _pair(rng, a, b, relation, cx, cy):
+    "Place `a` on or inside `b`, which stands about (cx, cy)."
     sa, sb = _side(rng, a.size), _side(rng, "holder" if relation == "inside" else b.size)
-    sb = min(sb, x1-x0, y1-y0 if relation == "inside" else y1-y0-sa)
-    total = sb if relation == "inside" else sa + sb - 1
-    bx = round((x0+x1-sb)/2 + rng.uniform(-1, 1)*min(3, (x1-x0-sb)/2))
-    top = round((y0+y1-total)/2 + rng.uniform(-1, 1)*min(3, (y1-y0-total)/2))
-    by = top + total - sb
-    ay = by + (sb-sa)//2 + rng.randint(0, 2) if relation == "inside" else top
+    bx, by = (min(64 - sb, max(0, round(c - sb/2 + rng.uniform(-2, 2)))) for c in (cx, cy))
+    ay = by + (sb-sa)//2 + rng.randint(-1, 1) if relation == "inside" else by - sa + 1
     a.boxes.append((bx + (sb-sa)//2 + rng.randint(-1, 1), ay, sa, sa)); b.boxes.append((bx, by, sb, sb))
 
-# %% ../../nbs/data/10_scene_world.ipynb #3e6e93c0
+# %% ../../nbs/data/10_scene_world.ipynb #95ab53b5
 def _halves(relation):
     "The rectangles of subject and object for a side relation."
     first, second = ((0, 0, 32, 64), (32, 0, 64, 64)) if relation in ("left of", "right of") else ((0, 0, 64, 32), (0, 32, 64, 64))
@@ -169,8 +165,7 @@ def place(
     if relation in INVERSE:
         for t, box in zip((a, b), _halves(relation)): _group(rng, t, *box)
     else:
-        x, y = rng.randint(0, 20), rng.randint(0, 20)
-        _pair(rng, a, b, relation, x, y, x+44, y+44)
+        _pair(rng, a, b, relation, rng.choice((16, 32, 48)), rng.choice((32, 48) if relation == "on" else (16, 32, 48)))
 
 # %% ../../nbs/data/10_scene_world.ipynb #1e4eb2ef
 def draw_scene(
@@ -185,11 +180,11 @@ def draw_scene(
     novel = domain == "target" and rng.random() < .5
     return Scene(*_FILL[kind](rng, domain, novel), rng.choice(BACKGROUNDS), domain, seed)
 
-# %% ../../nbs/data/10_scene_world.ipynb #c50e749b
+# %% ../../nbs/data/10_scene_world.ipynb #941c4f29
 def _one(rng, domain, novel):
     a = draw_thing(rng, domain, novel=novel, count=rng.choice((1, 2, 3)))
-    if a.count == 1: x, y = rng.randint(0, 32), rng.randint(0, 32); _group(rng, a, x, y, x+32, y+32)
-    else: y = rng.randint(0, 32); _group(rng, a, 0, y, 64, y+32)
+    if a.count == 1: x, y = rng.choice((0, 16, 32)), rng.choice((0, 16, 32)); _group(rng, a, x, y, x+32, y+32)
+    else: y = rng.choice((0, 16, 32)); _group(rng, a, 0, y, 64, y+32)
     return [a], []
 
 def _side_by_side(rng, domain, novel, relations):
@@ -203,7 +198,7 @@ def _side_by_side(rng, domain, novel, relations):
 def _beside(rng, domain, novel): return _side_by_side(rng, domain, novel, ("left of", "right of"))
 def _stacked(rng, domain, novel): return _side_by_side(rng, domain, novel, ("above", "below"))
 
-# %% ../../nbs/data/10_scene_world.ipynb #700d5fa7
+# %% ../../nbs/data/10_scene_world.ipynb #f7f3426e
 def _touching(rng, domain, novel, relation, taken=()):
     b = draw_thing(rng, domain, taken, among=CONTAINERS if relation == "inside" else None, size="big")
     a = draw_thing(rng, domain, (*taken, b.category), novel=novel, size="small")
@@ -221,8 +216,9 @@ def _three(rng, domain, novel):
     side = rng.choice(RELATIONS[:2] if relation == "on" else RELATIONS[:4])
     a, b = _touching(rng, domain, novel, relation)
     c = draw_thing(rng, domain, (a.category, b.category))
-    pair, other = _halves(side)
-    _pair(rng, a, b, relation, *pair); _group(rng, c, *other)
+    (x0, y0, x1, y1), other = _halves(side)
+    _pair(rng, a, b, relation, (x0+x1)/2, 48 if relation == "on" else (y0+y1)/2)
+    _group(rng, c, *other)
     return [a, b, c], [(0, relation, 1), (1, side, 2)]
 
 _FILL = dict(one=_one, beside=_beside, stacked=_stacked, on=_on, inside=_inside, three=_three)

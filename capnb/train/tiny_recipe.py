@@ -23,11 +23,11 @@ from ..models.captioner import IGNORE, pad_rows
 from . import tiny_parts
 from .tiny_parts import DenseHeads, dense_truth, new_tiny, pixels_of, principal_patches, tiny_tokenizer
 
-# %% ../../nbs/train/11_tiny_recipe.ipynb #a43b6cf5
-RECIPE = dict(seed=0, vocabulary=1400, width=128, processes=2,
+# %% ../../nbs/train/11_tiny_recipe.ipynb #2f717448
+RECIPE = dict(seed=0, vocabulary=1400, corpus=6000, width=128, processes=2,
     see=dict(steps=2570, batch=48, lr=1.5e-3, warmup=300, decay=1.),
-    look=dict(steps=2600, batch=64, lr=1.2e-3, warmup=200, decay=1.),
-    obey=dict(steps=3000, batch=32, lr=1.2e-3, warmup=100, decay=.35, easy=500),
+    look=dict(steps=1300, batch=64, lr=1.2e-3, warmup=200, decay=1.),
+    obey=dict(steps=2400, batch=32, lr=1.2e-3, warmup=100, decay=.35, easy=300),
     sorts={"sentence": .35, "yes/no": .3, "short": .35})
 
 def rate(
@@ -88,7 +88,7 @@ def obey_batch(
     texts = [text_batch(captioner, [instruction(s, k, rng) for s, k in zip(scenes, kinds)]) for kinds in (["detail"]*n, sorts)]
     return np.stack([render(s) for s in scenes]), texts
 
-# %% ../../nbs/train/11_tiny_recipe.ipynb #250cc32d
+# %% ../../nbs/train/11_tiny_recipe.ipynb #3f768ad1
 def answer_loss(
     captioner, # a `LlavaCaptioner`
     features:torch.Tensor, # (B, V, d_v) vision features
@@ -100,14 +100,22 @@ def answer_loss(
     learned = labels[:, 1:] != IGNORE # (B, T-1)
     return F.cross_entropy(captioner.head(h[:, :-1][learned]), labels[:, 1:][learned])
 
-def see_loss(captioner, heads, batch):
-    "Loss of the first stage."
+def see_loss(
+    captioner, # the network
+    heads:DenseHeads, # read-outs of the tower
+    batch, # from `see_batch`
+)->tuple: # loss, {"kinds": share of patches whose finer kind is named}
+    "Loss of seeing."
     images, *dense = batch
     loss, accuracy = heads(captioner.vision_features(pixels_of(images)), *dense)
     return loss, dict(kinds=accuracy.item())
 
-def obey_loss(captioner, heads, batch):
-    "Loss of the second stage."
+def obey_loss(
+    captioner, # the network
+    heads:DenseHeads, # not used: the tower is frozen
+    batch, # from `obey_batch`
+)->tuple: # loss, {"detail": ..., "other": ...}
+    "Loss of obeying."
     images, (detail, other) = batch
     with torch.no_grad(): v = captioner.vision_features(pixels_of(images)) # (B, V, d_v)
     a, b = answer_loss(captioner, v, detail), answer_loss(captioner, v, other)

@@ -86,14 +86,15 @@ def check_tiny(
         out.append("the recipe of tiny@1 has changed since it was trained: retrain it, or undo the change")
     return out
 
-# %% ../../nbs/train/12_tiny_ship.ipynb #8ef30990
+# %% ../../nbs/train/12_tiny_ship.ipynb #4f32d414
 def make_tiny(
     folder, # states, log and the finished base go here
+    n:int=1000, # scenes a domain for the card's scores
 )->dict: # the card
     "Train `tiny` from nothing by the recipe."
-    folder = Path(folder)
+    folder, r = Path(folder), tiny_recipe.RECIPE
     folder.mkdir(parents=True, exist_ok=True)
-    captioner, heads = new_tiny(tiny_tokenizer(tiny_recipe.RECIPE["vocabulary"])), DenseHeads(tiny_recipe.RECIPE["width"])
-    captioner.tower.embeddings.patch_embedding.weight.data = tiny_recipe.principal_patches(tiny_recipe.RECIPE["width"])
-    for stage in ("see", "obey"): tiny_recipe.run_stage(captioner, heads, stage, folder)
-    return ship_tiny(captioner, folder/"tiny-1")
+    captioner, heads = new_tiny(tiny_tokenizer(r["vocabulary"], r["corpus"])), DenseHeads(r["width"])
+    captioner.tower.embeddings.patch_embedding.weight.data = tiny_recipe.principal_patches(r["width"])
+    for stage in ("see", "look", "obey"): tiny_recipe.run_stage(captioner, heads, stage, folder)
+    return ship_tiny(captioner, folder/"tiny-1", n=n)
