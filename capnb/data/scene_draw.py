@@ -13,9 +13,10 @@ from PIL import Image
 from ..core.errors import ConfigError
 from .scene_world import CATEGORIES, COLOURS, BACKGROUNDS, Scene, lot, draw_scene
 
-# %% ../../nbs/data/11_scene_draw.ipynb #9d97f5d6
+# %% ../../nbs/data/11_scene_draw.ipynb #fb7d8438
 SAMPLES = 6 # sample points a side in each pixel
 
+@functools.lru_cache(maxsize=64)
 def _grid(side):
     t = (np.arange(side*SAMPLES) + .5)/(side*SAMPLES)
     return np.meshgrid(t, t) # (6s, 6s) each
@@ -103,7 +104,8 @@ def paint(
     c = np.array(RGB[colour], np.float32)
     return {"b": c, "d": c*.62, "l": c*.45 + 255*.55}[role]
 
-# %% ../../nbs/data/11_scene_draw.ipynb #4ea2dca3
+# %% ../../nbs/data/11_scene_draw.ipynb #42327d3d
+@functools.lru_cache(maxsize=128)
 def _texture(name, side):
     "Where the body is painted over: (6 side, 6 side) bool, and with which shade (0 black, 1 white)."
     x, y = _grid(side)
@@ -121,7 +123,7 @@ def _masks(subtype, side):
         grown[s:] |= union[:-s]; grown[:-s] |= union[s:]; grown[:, s:] |= union[:, :-s]; grown[:, :-s] |= union[:, s:]
     return parts, grown
 
-# %% ../../nbs/data/11_scene_draw.ipynb #4a4ec552
+# %% ../../nbs/data/11_scene_draw.ipynb #035f7d31
 @functools.lru_cache(maxsize=20_000)
 def sprite(
     subtype:str, # finer name
@@ -133,15 +135,18 @@ def sprite(
     "One thing, drawn."
     parts, outline = _masks(subtype, side)
     body, (over, shade) = paint("b", colour), _texture(texture, side)
-    rgb = np.zeros(outline.shape + (3,), np.float32)
-    rgb[outline] = body*.8 if look == "sketch" else np.float32((30, 30, 34))
-    for role, m in parts:
+    which, paints = outline.astype(np.uint8), [np.zeros(3), body*.8 if look == "sketch" else np.array((30, 30, 34))]
+    for role, m in parts: # `which` of the `paints` covers each sample point
         c = paint(role, colour)
-        rgb[m] = c*.35 + 255*.65 if look == "sketch" and role in "bdl" else c
-        if role in "bdl": rgb[m & over] = (255*.92 if shade else body*.42)
-    if look == "faded": rgb = np.where(outline[..., None], rgb*.55 + 255*.4, 0)
-    s = lambda a: a.reshape(side, SAMPLES, side, SAMPLES, -1).mean((1, 3), dtype=np.float32)
-    return s(rgb*outline[..., None]), 1 - s(outline[..., None].astype(np.float32))
+        which[m] = len(paints)
+        paints.append(c*.35 + 255*.65 if look == "sketch" and role in "bdl" else c)
+        if role in "bdl" and texture != "plain":
+            which[m & over] = len(paints)
+            paints.append(np.full(3, 255*.92) if shade else body*.42)
+    paints = np.stack(paints).astype(np.float32)
+    if look == "faded": paints[1:] = paints[1:]*.55 + 255*.4
+    s = lambda a: a.reshape(side, SAMPLES, side, SAMPLES, -1).sum(3).sum(1)/SAMPLES**2
+    return s(paints[which]), 1 - s(outline.astype(np.float32))
 
 # %% ../../nbs/data/11_scene_draw.ipynb #59a72ee7
 GROUND = dict(grass=((176, 222, 140), (140, 200, 104)), sand=((246, 228, 176), (232, 208, 148)), snow=((250, 252, 255), (222, 230, 240)),
