@@ -84,7 +84,7 @@ def _stopped(argv, e):
     print('\ncapnb: stopped.' + (' What is finished is kept; the same command goes on from here.' if argv[:1]==['study'] else ''), file=sys.stderr)
     return 130
 
-# %% ../../nbs/study/07_cli.ipynb #2b4c9295
+# %% ../../nbs/study/07_cli.ipynb #29bed877
 def study_command(
     p # parser of the sub-command
 ): # function of the parsed arguments
@@ -98,7 +98,7 @@ def study_command(
     p.add_argument('--quick', action='store_true', help='small sets and one seed: a look at the whole line in about a minute')
     p.add_argument('--adapter', dest='adapters', action='append', default=[], metavar='PATH', help='adapter trained elsewhere, evaluated without training; may be repeated')
     for name in ('train-images','test-images','steps','batch-size','max-epochs','folds','samples','max-new-tokens'): p.add_argument('--'+name, type=int, metavar='N')
-    p.add_argument('--prompt', metavar='TEXT', help="instruction given to the captioner (default: its own)")
+    p.add_argument('--prompt', metavar='TEXT', help="instruction given to the captioner (default: to describe the image in one sentence; '' for its own)")
     p.add_argument('--metrics', nargs='+', metavar='M', help='metrics (default: all that can run here)')
     p.add_argument('--lr', action='append', default=[], metavar='METHOD=RATE', help='learning rate of a method; may be repeated')
     return study

@@ -14,10 +14,10 @@ from ..core.errors import ConfigError, did_you_mean
 from ..core.files import sha256
 import json
 
-# %% ../../nbs/study/00_plan.ipynb #80c5330e
+# %% ../../nbs/study/00_plan.ipynb #c31e6b8a
 SIZES = {
     'full':  dict(methods=('zero_shot','prompt','lora','full'), seeds=3, train_images=1500, test_images=150, steps=250, samples=8),
-    'quick': dict(methods=('zero_shot','lora'), seeds=1, train_images=400, test_images=60, steps=60, samples=6)}
+    'quick': dict(methods=('zero_shot','lora'), seeds=1, train_images=300, test_images=50, steps=60, samples=6)}
 DOMAINS = ('target','source','near','out')
 
 # %% ../../nbs/study/00_plan.ipynb #8390f133
@@ -34,7 +34,7 @@ def parse_methods(
         if known is not None and n not in known: raise ConfigError(f'There is no method {n!r}', where='methods', expected=did_you_mean(n, known))
     return tuple(names) if names==['all'] else tuple(dict.fromkeys(['zero_shot', *names]))
 
-# %% ../../nbs/study/00_plan.ipynb #001a2a08
+# %% ../../nbs/study/00_plan.ipynb #a4487102
 @dataclass(frozen=True)
 class Plan:
     "A study: tune `base` on `data` by each of `methods`, once for each seed, and write the report to `out`"
@@ -53,8 +53,8 @@ class Plan:
     learning_rates:dict=field(default_factory=dict) # method -> learning rate, where it differs from the usual
     settings:dict=field(default_factory=dict) # method -> settings of the method, e.g. {'lora': {'r': 16}}
     metrics:tuple=None # names of metrics; None: those of `score_captions`
-    prompt:str=None # instruction; None: the captioner's own
-    max_new_tokens:int=None # longest caption in tokens; None: the captioner's own
+    prompt:str='Describe the image in one sentence.' # instruction, for zero-shot and tuned alike: references are short; '' for the captioner's own
+    max_new_tokens:int=40 # longest caption in tokens
     folds:int=5 # folds for data that come without a test split
     samples:int=None # images shown side by side in the report
 
