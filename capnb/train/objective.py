@@ -23,17 +23,17 @@ def token_loss(
     rows,target = logits[:, :-1][keep].float(), labels[:, 1:][keep] # (N, V), (N,)
     return F.cross_entropy(rows, target),rows,target
 
-# %% ../../nbs/train/00_objective.ipynb #2fc83562
+# %% ../../nbs/train/00_objective.ipynb #819e147d
 def caption_loss(
     model, # anything that called with the batch answers with `.logits` (B, T', V)
     batch, # dict with `labels` (B, T)
 )->tuple: # loss, log
     "Cross-entropy of the caption's tokens, given image and prompt"
-    labels = batch['labels']
-    out = model(batch) if callable(model) else model.forward(batch)
-    loss,rows,target = token_loss(out.logits, labels)
-    if not len(target): raise DataError('No caption token is left to learn from in a batch',
+    if not (batch['labels'][:, 1:] != IGNORE).any(): raise DataError('No caption token is left to learn from in a batch',
         expected='labels other than -100', do='allow longer inputs: the captions seem to be cut off')
+    out = model(batch) if callable(model) else model.forward(batch)
+    if getattr(out, 'token_loss', None) is not None: return out.loss, {'weight': len(out.token_loss)}
+    loss,rows,target = token_loss(out.logits, batch['labels'])
     accuracy = (rows.detach().argmax(-1) == target).float().mean()
     return loss, {'accuracy': accuracy, 'weight': len(target)}
 
