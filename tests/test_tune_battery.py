@@ -54,10 +54,10 @@ def strong(tuned, size=.5):
     return tuned
 
 
-def says(c, prompts=None): return c.caption(PHOTOS, prompts, max_new_tokens=10)
+def says(c, prompts=None): return c.caption(PHOTOS, prompts, max_new_tokens=6)
 
 
-def forced(c, prompts, n=10):
+def forced(c, prompts, n=6):
     "Greedy captions without a cache and without batches: every token by a whole forward."
     out = []
     for photo, prompt in zip(PHOTOS, prompts):
@@ -83,9 +83,11 @@ def test_every_listed_method_is_tested():
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_battery(case, captioner, tmp_path):
     base_print, base_says = fingerprint(captioner.model), says(captioner)
     base_logits = captioner(captioner.collate(examples())).logits
+    torch.manual_seed(0)
     t = strong(attach(captioner, **CASES[case]))
 
     # acts in generation, and generation is what the forward says, batched and left-padded
@@ -126,8 +128,11 @@ def test_battery(case, captioner, tmp_path):
 
     # merged
     if CASES[case]["method"] != "prompt":
-        merged = t.merge()
-        torch.testing.assert_close(merged(merged.collate(examples())).logits, logits, rtol=1e-4, atol=1e-4)
+        captioner.model.double()  # so that a wrong formula shows and rounding does not
+        with torch.no_grad():  # features are then read the same way, trained tower or not
+            logits = t(t.collate(examples())).logits
+            merged = t.merge()
+            torch.testing.assert_close(merged(merged.collate(examples())).logits, logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case,count", [

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'Template', 'pad_rows', 'CaptionOutput', 'fingerprint', 'image_key', 'FeatureCache', 'roomy_cache',
-           'pictures', 'Captioner', 'same_names', 'method_of', 'cut_at', 'caption_joiner', 'caption_ids']
+           'pictures', 'Captioner', 'method_of', 'same_names', 'cut_at', 'caption_joiner', 'caption_ids']
 
 # %% ../../nbs/models/00_captioner.ipynb #2fc295fe
 import hashlib, json
@@ -177,7 +177,7 @@ def pictures(
         out.append(im if isinstance(im, torch.Tensor) or im.mode == "RGB" else im.convert("RGB"))
     return out
 
-# %% ../../nbs/models/00_captioner.ipynb #9e5d8a5b
+# %% ../../nbs/models/00_captioner.ipynb #6bad67ff
 class Captioner(nn.Module):
     "A captioner: `model` with its processor, template and vision-feature cache."
     def __init__(self,
@@ -200,16 +200,6 @@ class Captioner(nn.Module):
     @property
     def decoder(self): return self.model.get_decoder()
 
-    def template(self,
-        instruction: str|None = None,  # None: the default instruction
-    ) -> str:
-        "The whole prompt for an instruction, as a string."
-        t = self.template_
-        if t.form is not None: return t.text(instruction)
-        say = [{"type": "image"}, {"type": "text", "text": t.instruction if instruction is None else instruction}]
-        chat = [{"role": "system", "content": [{"type": "text", "text": t.system}]}] * bool(t.system)
-        return self.processor.apply_chat_template(chat + [{"role": "user", "content": say}], add_generation_prompt=True)
-
     def forward(self,
         batch: dict,  # from `collate`
     ) -> CaptionOutput:
@@ -217,16 +207,37 @@ class Captioner(nn.Module):
         labels = batch.get("labels")
         return CaptionOutput(self.lm_head_input(batch), None if labels is None else labels.to(self.device), self.head)
 
-    def train_state(self) -> dict:
-        "Copies of the tensors that are being trained, by name."
-        return {n: p.detach().cpu().clone() for n, p in self.named_parameters() if p.requires_grad}
+# %% ../../nbs/models/00_captioner.ipynb #d6bb5c1f
+def method_of(cls):
+    "Add a function to a class as a method."
+    def add(f): setattr(cls, f.__name__, f); return f
+    return add
 
-    def load_train_state(self, state: dict):
-        "Put back what `train_state` gave."
-        own = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        same_names(own, state)
-        with torch.no_grad():
-            for n, p in own.items(): p.copy_(state[n])
+# %% ../../nbs/models/00_captioner.ipynb #1cd86da7
+@method_of(Captioner)
+def template(self,
+    instruction: str|None = None,  # None: the default instruction
+) -> str:
+    "The whole prompt for an instruction, as a string."
+    t = self.template_
+    if t.form is not None: return t.text(instruction)
+    say = [{"type": "image"}, {"type": "text", "text": t.instruction if instruction is None else instruction}]
+    chat = [{"role": "system", "content": [{"type": "text", "text": t.system}]}] * bool(t.system)
+    return self.processor.apply_chat_template(chat + [{"role": "user", "content": say}], add_generation_prompt=True)
+
+# %% ../../nbs/models/00_captioner.ipynb #be75152b
+@method_of(Captioner)
+def train_state(self) -> dict:
+    "Copies of the tensors that are being trained, by name."
+    return {n: p.detach().cpu().clone() for n, p in self.named_parameters() if p.requires_grad}
+
+@method_of(Captioner)
+def load_train_state(self, state: dict):
+    "Put back what `train_state` gave."
+    own = {n: p for n, p in self.named_parameters() if p.requires_grad}
+    same_names(own, state)
+    with torch.no_grad():
+        for n, p in own.items(): p.copy_(state[n])
 
 # %% ../../nbs/models/00_captioner.ipynb #71a7d788
 def same_names(
@@ -239,12 +250,7 @@ def same_names(
         raise ConfigError("these weights belong to another set of parameters", where=f"unknown: {more}, missing: {less}",
                           expected=f"{len(own)} tensors such as {sorted(own)[:2]}", do="load them with the method and settings they were saved with")
 
-# %% ../../nbs/models/00_captioner.ipynb #aafa2aec
-def method_of(cls):
-    "Add a function to a class as a method."
-    def add(f): setattr(cls, f.__name__, f); return f
-    return add
-
+# %% ../../nbs/models/00_captioner.ipynb #2029db09
 def _ends(self):
     "Token ids that end a caption."
     e = getattr(self.model, "generation_config", None) and self.model.generation_config.eos_token_id

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Adapter', 'load_adapter']
 
-# %% ../../nbs/tune/01_adapters.ipynb #0a3d9fdd
+# %% ../../nbs/tune/01_adapters.ipynb #fcf39444
 from pathlib import Path
 import torch
 from ..core.errors import ConfigError
 from ..core.files import read_json
 from ..models.captioner import Captioner
 from ..models.load import load_captioner
-from .methods import METHODS, Full, PeftTuned, Prompt, Tuned, attach, put
+from .methods import METHODS, Full, PeftTuned, Prompt, Tuned, attach, no_future
 
-# %% ../../nbs/tune/01_adapters.ipynb #5c9adde3
+# %% ../../nbs/tune/01_adapters.ipynb #7830bbf4
 class Adapter(PeftTuned):
     "An adapter that peft has saved, of any kind that sits inside layers."
     method, defaults = "peft", {"path": None}
@@ -23,7 +23,7 @@ class Adapter(PeftTuned):
         from peft import PeftModel, get_peft_model_state_dict
         from safetensors.torch import load_file
         folder = Path(path)
-        model = PeftModel.from_pretrained(self.captioner.model, str(folder), is_trainable=True)
+        with no_future(): model = PeftModel.from_pretrained(self.captioner.model, str(folder), is_trainable=True)
         self._wrap(model)
         have = get_peft_model_state_dict(model)
         lost = [n for n, t in load_file(folder / "adapter_model.safetensors").items()

@@ -17,7 +17,7 @@ from ..core.files import read_json, write_json
 from ..core.registry import Registry
 from ..models.captioner import Captioner, method_of, same_names
 
-# %% ../../nbs/tune/00_methods.ipynb #6ab8c2fe
+# %% ../../nbs/tune/00_methods.ipynb #d0e62460
 class Tuned(nn.Module):
     "A captioner with a tuning method attached."
     method, defaults = "", {}
@@ -30,9 +30,8 @@ class Tuned(nn.Module):
         if not isinstance(captioner, Captioner) or captioner.tuned_by is not None:
             raise ConfigError("a method is already attached", where=getattr(captioner, "tuned_by", None) or type(captioner).__name__,
                               expected="an untouched captioner", do="call .detach() on the earlier one")
-        for key in config:
-            if key not in self.defaults:
-                raise ConfigError(f"{self.method} has no setting {key!r}", do=did_you_mean(key, self.defaults))
+        unknown = next((k for k in config if k not in self.defaults), None)
+        if unknown: raise ConfigError(f"{self.method} has no setting {unknown!r}", do=did_you_mean(unknown, self.defaults))
         self.config, self.alpha = {**self.defaults, **config}, 1.0
         self.captioner, self._flags = captioner, {p: p.requires_grad for p in captioner.parameters()}
         for p in captioner.parameters(): p.requires_grad_(False)
@@ -51,9 +50,14 @@ class Tuned(nn.Module):
             return getattr(self.captioner, name)
 
     def forward(self, batch): return self.captioner(batch)
-    def parameters(self, recurse: bool = True):
-        "The weights that are trained, and no others."
-        return (p for p in super().parameters(recurse) if p.requires_grad)
+
+# %% ../../nbs/tune/00_methods.ipynb #ee88226e
+@method_of(Tuned)
+def parameters(self,
+    recurse: bool = True,
+):
+    "The weights that are trained, and no others."
+    return (p for p in nn.Module.parameters(self, recurse) if p.requires_grad)
 
 # %% ../../nbs/tune/00_methods.ipynb #2b2cd18e
 @method_of(Tuned)
@@ -245,6 +249,14 @@ def lora_pattern(
         if any(re.fullmatch(pattern, n) for n, _ in model.named_modules()): return pattern
     raise ConfigError("no matrix of the decoder has such a name", where=targets or TARGETS, do="give targets=[...] with endings from model.named_modules()")
 
+# %% ../../nbs/tune/00_methods.ipynb #dc94983a
+@contextmanager
+def no_future():
+    "Without the warnings peft and transformers have for each other's developers."
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning); yield
+
 # %% ../../nbs/tune/00_methods.ipynb #1f877dff
 class PeftTuned(Tuned):
     "An adapter of peft inside the captioner's model."
@@ -319,7 +331,7 @@ def peft_config(self) -> dict:
     c = self.peft.peft_config["default"].to_dict()
     return {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in c.items()}
 
-# %% ../../nbs/tune/00_methods.ipynb #b7eb824f
+# %% ../../nbs/tune/00_methods.ipynb #ad8ab896
 class Lora(PeftTuned):
     "Low-rank changes of the decoder's attention matrices."
     method, defaults = "lora", {"r": 8, "alpha": 16, "dropout": 0.0, "targets": None, "rslora": False, "dora": False}
@@ -329,7 +341,7 @@ class Lora(PeftTuned):
         model = self.captioner.model
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_pattern(model, targets),
                             use_rslora=rslora, use_dora=dora, task_type="CAUSAL_LM")
-        self._wrap(get_peft_model(model, config))
+        with no_future(): self._wrap(get_peft_model(model, config))
 
 # %% ../../nbs/tune/00_methods.ipynb #015590ae
 def part_of(
