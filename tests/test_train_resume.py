@@ -294,3 +294,37 @@ def test_two_processes_equal_one(server, tmp_path):
     a, b = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
     assert all(abs(x["loss"] - y["loss"]) < 1e-5 for x, y in zip(one["history"], two["history"])) and len(one["history"]) == len(two["history"]) == 15
+
+
+@pytest.mark.parametrize("method", ["prompt", "lora", "full"])
+def test_captioner_goes_on(method, tmp_path):
+    "A tiny random LLaVA with a tuning method: broken off and continued, same weights; accumulation gives the whole batch's gradient."
+    import torch
+    from PIL import Image
+    from capnb.models.llava import LlavaCaptioner, build_llava, word_tokenizer
+    from capnb.train.config import TrainConfig
+    from capnb.train.loop import train
+    from capnb.train.objective import caption_loss
+    from capnb.tune.methods import attach
+    words = "describe the image in one sentence : . a red blue small cat dog bird is on of".split()
+    data = [{"id": f"im{i}", "image": Image.new("RGB", (32, 32), (40 * i, 90, 20)), "caption": "a red dog" + i * " on the bird"} for i in range(6)]
+
+    def tuned():
+        torch.manual_seed(0)
+        return attach(LlavaCaptioner(*build_llava(word_tokenizer(words), image_size=32, width=32, layers=2, vision_layers=2)), method)
+
+    def learned(left=None, **config):
+        torch.manual_seed(1)
+        model, left = tuned(), iter(range(left)) if left is not None else None
+        def objective(model, batch):
+            if left is not None and next(left, None) is None: raise RuntimeError("lights out")
+            return caption_loss(model, batch)
+        c = TrainConfig(**dict(dict(steps=5, batch_size=3, checkpoint_every=2, clip=0.5), **config))
+        try: train(model, data, objective, c)
+        except RuntimeError as e: assert "lights out" in str(e)
+        return [p.detach() for p in model.parameters()]
+    whole, out = learned(), str(tmp_path)
+    assert any((a != b).any() for a, b in zip(whole, learned(left=3, out=out)))
+    assert all(torch.equal(a, b) for a, b in zip(whole, learned(out=out)))
+    sgd = dict(optimizer="sgd", lr=0.1)
+    torch.testing.assert_close(learned(**sgd), learned(accumulate=3, **sgd), atol=1e-5, rtol=1e-4)
