@@ -1,0 +1,127 @@
+"A study on a toy captioner: killed and resumed, asked again, on real-image folders, with hostile captions, with an adapter from elsewhere."
+import dataclasses, json, warnings
+from pathlib import Path
+import pytest
+
+pytest.importorskip('torch')
+import torch
+from PIL import Image
+from capnb.core.errors import CapnbError
+from capnb.data.scenes import Scenes
+from capnb.models.captioner import Template
+from capnb.models.llava import LlavaCaptioner, build_llava, word_tokenizer
+from capnb.study import run as study_run
+from capnb.study.answer import read_study
+from capnb.study.plan import Plan
+from capnb.study.report import write_report
+from capnb.study.run import run_study
+
+warnings.filterwarnings('ignore', message='meteor was not')
+SMALL = dict(train_images=8, test_images=4, steps=2, batch_size=4, samples=2, max_new_tokens=6, metrics=('bleu', 'cider_d'))
+
+
+def toy():
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer('a red blue big small dog bird car on left of describe the image in one sentence . < > script b'.split())
+    model, processor = build_llava(tokenizer, image_size=64, width=32, layers=2, vision_layers=1)
+    return LlavaCaptioner(model, processor, Template('describe the image', ''), 'toy')
+
+
+def table(folder):
+    "What the table is made of: scores and captions, without times"
+    return {r['study']['name']: (r['study']['domains'], r['study']['controls'], r['study']['own']) for r in read_study(folder).done}
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('whole') / 'study'
+    run_study(Plan(methods='lora,full', seeds=1, out=str(folder), **SMALL), lambda s: None, toy())
+    return folder
+
+
+def test_interrupted_study_ends_with_the_same_table(whole, tmp_path, monkeypatch):
+    plan, evaluate, calls = Plan(methods='lora,full', seeds=1, out=str(tmp_path / 's'), **SMALL), study_run.evaluate, []
+
+    def stop_in_second_run(*args):
+        calls.append(1)
+        if len(calls) == 2:  # in the middle of LoRA: trained, some captions written
+            study_run.caption_file(args[0], args[0].encode(args[1].domains['target'].records[:2]), args[1].domains['target'].ids[:2],
+                                   Path(args[3]) / 'target-fold0.jsonl', max_new_tokens=6)
+            raise KeyboardInterrupt
+        return evaluate(*args)
+    base = toy()
+    monkeypatch.setattr(study_run, 'evaluate', stop_in_second_run)
+    with pytest.raises(KeyboardInterrupt): run_study(plan, lambda s: None, base)
+    assert base.tuned_by is None and len(read_study(tmp_path / 's').done) == 1
+    assert 'Not run yet: lora-seed0 and full-seed0' in write_report(tmp_path / 's').read_text()
+    monkeypatch.setattr(study_run, 'evaluate', evaluate)
+    run_study(plan, lambda s: None, toy())  # another process, as it were
+    assert json.dumps(table(tmp_path / 's'), sort_keys=True) == json.dumps(table(whole), sort_keys=True)
+
+
+def test_asked_again_nothing_is_done(whole):
+    before = {p: p.stat().st_mtime_ns for p in (whole / 'results').iterdir()}
+    lines = []
+    run_study(Plan(methods='full,lora', seeds=1, out=str(whole), **SMALL), lines.append, toy())
+    assert len(lines) == 1 and 'all of them are done' in lines[0]
+    assert before == {p: p.stat().st_mtime_ns for p in (whole / 'results').iterdir()}
+
+
+def test_other_settings_do_not_overwrite(whole):
+    before = set((whole / 'results').iterdir())
+    run_study(Plan(methods='lora', seeds=1, out=str(whole), **{**SMALL, 'steps': 1}), lambda s: None, toy())
+    after = set((whole / 'results').iterdir())
+    assert before < after and len(after) == len(before) + 2
+    run_study(Plan(methods='full,lora', seeds=1, out=str(whole), **SMALL), lambda s: None, toy())  # the first plan is whole again
+    assert len(read_study(whole).done) == 3
+
+
+def test_report_is_one_file_without_network(whole):
+    html = (whole / 'index.html').read_text()
+    assert not any(x in html for x in ('src="http', 'href="http', 'url(http', '@import', '<script'))
+    assert html.count('data:image/') >= 5 and 'shuffled images' in html and 'best constant caption' in html
+
+
+def test_hostile_captions_are_escaped(tmp_path):
+    (tmp_path / 'd').mkdir()
+    evil = '<script>alert(1)</script> "a" & \'b\' \u2028 dog'
+    for i in range(6):
+        Image.new('RGB', (40 + i, 30), (40 * i, 90, 200)).save(tmp_path / 'd' / f'{i}.png')
+        (tmp_path / 'd' / f'{i}.txt').write_text(evil + f' {i}\n', encoding='utf-8')
+    plan = Plan(data=f"folder:{tmp_path / 'd'}", methods='zero_shot', out=str(tmp_path / 'out: 1'), folds=2, **SMALL)
+    html = run_study(plan, lambda s: None, toy()).read_text()
+    assert '<script' not in html and '&lt;script&gt;' in html
+
+
+def test_real_images_run_in_folds(tmp_path):
+    (tmp_path / 'my images').mkdir()
+    rows = []
+    for i in range(10):
+        Image.new('RGB', (50, 50), (25 * i, 255 - 25 * i, 99)).save(tmp_path / 'my images' / f'{i}.jpg')
+        rows.append(json.dumps({'file_name': f'{i}.jpg', 'captions': [f'a red dog {i}', f'a blue bird {i}']}))
+    (tmp_path / 'my images' / 'captions.jsonl').write_text('\n'.join(rows))
+    plan = Plan(data=f"folder:{tmp_path / 'my images'}", methods='lora', seeds=1, out=str(tmp_path / 'out'), folds=5, **SMALL)
+    run_study(plan, lambda s: None, toy())
+    study = read_study(tmp_path / 'out')
+    assert study.plan['data']['folds'] == 5 and study.plan['data']['domains'] == dict(target=10, source=4, near=4, out=4)
+    assert all(len(r['study']['domains']['target']['captions']) == 10 and r['study']['controls']['shuffled'] for r in study.done)
+
+
+def test_adapter_from_elsewhere_is_only_evaluated(tmp_path, whole):
+    adapter = next((whole / 'runs').glob('lora-seed0-*')) / 'fold0' / 'adapter'
+    plan = Plan(methods='zero_shot', adapters=(str(adapter),), out=str(tmp_path / 's'), **SMALL)
+    lines = []
+    run_study(plan, lines.append, toy())
+    study = read_study(tmp_path / 's')
+    assert not study.failed, study.failed[0]['run_info']['error_msg']
+    assert study.methods == ['zero_shot', 'adapter:adapter']
+    mine, theirs = study.of('adapter:adapter')[0], None
+    for r in (json.loads(p.read_text()) for p in (whole / 'results').iterdir()):
+        if r['study']['name'] == 'lora-seed0' and r['study']['fingerprint'] == adapter.parts[-3].split('-')[-1]: theirs = r
+    assert mine['study']['domains']['target']['captions'] == theirs['study']['domains']['target']['captions']
+
+
+def test_wrong_settings_are_said_before_anything_runs(tmp_path):
+    for wrong in (dict(methods='lorra'), dict(data='scnes'), dict(data='folder:/no/such/folder')):
+        with pytest.raises(CapnbError): run_study(Plan(**{**dict(out=str(tmp_path / 'x'), **SMALL), **wrong}), lambda s: None, toy())
+    assert not (tmp_path / 'x' / 'results').exists()
