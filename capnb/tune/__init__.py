@@ -2,4 +2,5 @@
 from capnb._lazy import lazy
 
 lazy(__name__,
-     methods="METHODS attach Tuned")
+     methods="METHODS attach Tuned",
+     adapters="load_adapter")
