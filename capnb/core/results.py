@@ -129,10 +129,13 @@ def save_result(
     check_result(result)
     return write_json(result_path(folder, result['run_info']['experiment_name']), result)
 
-# %% ../../nbs/core/04_results.ipynb #d526ffa0
+# %% ../../nbs/core/04_results.ipynb #2d3123d7
 class Results(list):
     "Results in the order of their file names; `skipped` maps each unreadable file to the reason"
-    def __init__(self, items=(), skipped=None):
+    def __init__(self,
+        items=(), # the results that could be read
+        skipped=None # file name -> why it could not be read; None: nothing was left out
+    ):
         super().__init__(items)
         self.skipped = dict(skipped or {})
 

@@ -43,7 +43,7 @@ def not_utf8(
     "The error for bytes that are no UTF-8"
     return DataError('The file is not UTF-8 text', f'{path}, after line {line}' if line else path, do='save it as UTF-8')
 
-# %% ../../nbs/data/01_coco.ipynb #bae9ea8e
+# %% ../../nbs/data/01_coco.ipynb #d8799563
 _SPACE = re.compile(r'[ \t\n\r]*')
 
 class JsonStream:
@@ -57,30 +57,34 @@ class JsonStream:
         self.decode = json.JSONDecoder().raw_decode
 
     def more(self, size):
+        "Read `size` characters on and drop what was decoded; False at the end of the file"
         try: new = self.file.read(size)
         except UnicodeDecodeError: raise not_utf8(self.path, self.line + self.text.count('\n')) from None
         self.line += self.text.count('\n', 0, self.pos)
         self.text,self.pos = self.text[self.pos:] + new,0
         return bool(new)
 
-    def peek(self): # '' at the end of the file
+    def peek(self):
+        "The next character that is no blank, which stays; '' at the end of the file"
         while True:
             self.pos = _SPACE.match(self.text, self.pos).end()
             if self.pos < len(self.text): return self.text[self.pos]
             if not self.more(self.size): return ''
 
     def take(self, *characters):
+        "The next character, which must be one of `characters`, and step over it"
         found = self.peek()
         if found not in characters: raise self.error('expected ' + ' or '.join(characters))
         self.pos += 1
         return found
 
     def next_item(self, end):
+        "Step over the comma between two elements; `end` closes them, and may not follow a comma"
         if self.peek() == end: return
         self.take(',')
         if self.peek() == end: raise self.error('a comma too many')
 
-# %% ../../nbs/data/01_coco.ipynb #39a77392
+# %% ../../nbs/data/01_coco.ipynb #1410727c
 class JsonReader(JsonStream):
     "`JsonStream` with `value`, which decodes what comes next, and `error`, which says where we are"
     def value(self):
@@ -100,8 +104,11 @@ class JsonReader(JsonStream):
                     return value
             size *= 2
 
-    def error(self, message, pos=None):
-        "The error at this place"
+    def error(self,
+        message:str, # what is wrong
+        pos:int=None # where in the window of text, in characters; None: where we are
+    )->DataError: # to be raised
+        "The error at this place, with its line"
         line = self.line + self.text.count('\n', 0, self.pos if pos is None else pos)
         where = f'{self.path}, line {line}' + (f', after {self.at}' if self.at else '')
         left = len(self.text) - (self.pos if pos is None else pos)
@@ -186,7 +193,7 @@ def wrong_shape(
     else: what += '; it has ' + (', '.join(map(repr, sorted(members)[:6])) or 'nothing in it')
     return DataError(what, path, _SHAPE, do)
 
-# %% ../../nbs/data/01_coco.ipynb #8f4730ed
+# %% ../../nbs/data/01_coco.ipynb #6ad30aee
 class CocoBuilder:
     "Puts the elements of a COCO captions file into columns"
     def __init__(self,
@@ -197,8 +204,10 @@ class CocoBuilder:
         self.path,self.root,self.faults,self.domain = path,root,faults,domain
         self.columns,self.rows,self.taken = Columns(root),{},array('q')  # rows: image id -> row, None when left out
 
-    def image(self, n, entry):
-        "Element `n` of `images`"
+    def image(self,
+        n:int, # place in the list, 0 is the first
+        entry): # {'id', 'file_name'}
+        "Take element `n` of `images`"
         where = f'{self.path}, images[{n}]'
         if not isinstance(entry, dict): return self.faults('wrong shape', f'The image entry is not an object but {type(entry).__name__}', where)
         id = entry.get('id')
@@ -210,8 +219,10 @@ class CocoBuilder:
         if problem: return self.faults(*problem, where)
         self.columns.add(Record(id, path, [], self.domain))
 
-    def caption(self, n, entry):
-        "Element `n` of `annotations`"
+    def caption(self,
+        n:int, # place in the list, 0 is the first
+        entry): # {'id', 'image_id', 'caption'}
+        "Take element `n` of `annotations`"
         where = f'{self.path}, annotations[{n}]'
         if not isinstance(entry, dict): return self.faults('wrong shape', f'The annotation is not an object but {type(entry).__name__}', where)
         image,id = entry.get('image_id'),entry.get('id')

@@ -37,7 +37,7 @@ def _find(folder, name):
         if inner: return os.path.join('images', inner),None
     return path,problem
 
-# %% ../../nbs/data/02_folder.ipynb #08f7d8cd
+# %% ../../nbs/data/02_folder.ipynb #fedbd42a
 class FolderBuilder:
     "Puts entries into columns"
     def __init__(self,
@@ -66,7 +66,11 @@ class FolderBuilder:
         if first != name: return self.faults('duplicate id', f'The id {id!r} was used before, for the image {first!r}', where)
         if row is not None: self.add_captions(row, entry, where)
 
-    def add_captions(self, row, entry, where):
+    def add_captions(self,
+        row:int, # of the image in the columns
+        entry:dict, # its members named like captions hold one text or a list
+        where): # file and line
+        "Every caption of one entry; a fault in one does not touch the others"
         named = [entry[k] for k in entry if k in CAPTION_NAMES]
         for text in (c for v in named or [None] for c in (v if isinstance(v, list) else [v])):
             problem = caption_fault(text)

@@ -229,7 +229,7 @@ def group(
     order = None if (owner[1:] >= owner[:-1]).all() else np.argsort(owner, kind='stable').astype(np.uint32)
     return first,order
 
-# %% ../../nbs/data/00_records.ipynb #d3db0d98
+# %% ../../nbs/data/00_records.ipynb #32a78fe2
 class ClosedColumns:
     "Columns that are complete: record `i` is made when asked for"
     def __init__(self,
@@ -243,6 +243,7 @@ class ClosedColumns:
     def id(self, i): return self.ids[i]
     def domain(self, i): return self.names[self.domains[i]]
     def captions(self, i):
+        "The captions of record `i`, in the order in which they came"
         rows = range(self.first[i], self.first[i+1]) if self.order is None else self.order[self.first[i]:self.first[i+1]].tolist()
         return [self.texts[j] for j in rows]
     def image(self, i): return self.images[i] if i in self.images else os.path.join(self.root, self.paths[i])
@@ -250,6 +251,7 @@ class ClosedColumns:
     def record(self, i): return Record(self.id(i), self.image(i), self.captions(i), self.domain(i), self.truth(i))
     @property
     def nbytes(self):
+        "Bytes held in memory, without images that were given as objects"
         return sum(c.nbytes for c in (self.ids, self.paths, self.texts, self.first)) + 4*len(self.domains) + \
             sum(getattr(c, 'nbytes', 0) for c in (self.order, self.truths))
 

@@ -105,25 +105,30 @@ def from_json(
 
 Scores.to_json, Scores.from_json = to_json, staticmethod(from_json)
 
-# %% ../../nbs/metrics/03_scores.ipynb #d037f6ea
+# %% ../../nbs/metrics/03_scores.ipynb #948decea
 def _load(metrics, truth):
     "Name -> function of the asked metrics, or of all that can run"
-    names = [n for n in METRICS.names() if n != "scene_kinds" and (n != "scenes" or truth is not None)] if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
+    names = [n for n in METRICS.names() if n != "scene_kinds" and (n != "scenes" or _holds_scenes(truth))] if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
     known = {fold(n): n for n in METRICS.names()} | {"bleu4": "bleu"} | {f"bleu{k}": "bleu" for k in range(1, 4)}
     out = {known.get(fold(n), n): METRICS.load(known.get(fold(n), n)) for n in names}
     if truth is None and out.keys() & {"scenes", "scene_kinds"}: raise MetricError("The metrics of generated scenes need the truth of the images", do="pass truth=")
     return out
 
+def _holds_scenes(truth):
+    "Whether `truth` is that of generated scenes; other truth, such as the objects of COCO, is no reason to complain"
+    each = truth.values() if isinstance(truth, dict) else truth or ()
+    return any(hasattr(t.get("scene") if isinstance(t, dict) else t, "things") for t in each)
+
 def _fingerprint(x):
     "Hash of ids and references in an order of its own, so that two results can be checked for the same references"
     return sha256("\n".join(sorted(f"{i!r}\t{sorted(rs)}" for i, rs in zip(x.ids, x.references))).encode())[:16]
 
-# %% ../../nbs/metrics/03_scores.ipynb #20cb525b
+# %% ../../nbs/metrics/03_scores.ipynb #4c8b4067
 def score_captions(
     candidates, # One caption per image: list, dict by image id, or rows `{image_id, caption}`
     references, # The references of each image: list of lists, dict by image id, or rows
     metrics:list=None, # Names in `METRICS`; None: all that can run here
-    truth=None, # What is known of each image (list or dict by id), for the metric "scenes"
+    truth=None, # What is known of each image (list or dict by id), for the metric "scenes"; truth of another kind is not read
 ) -> Scores: # Corpus and per-image values
     "Score captions against references."
     todo = _load(metrics, truth)
