@@ -3,12 +3,12 @@ from capnb._lazy import lazy
 
 lazy(__name__,
      errors="CapnbError DataError ConfigError DependencyError TrainingError MetricError require",
-     files="atomic_write write_json read_json append_line read_lines sha256 cache_dir",
+     files="atomic_write plain write_json read_json append_line read_lines sha256 cache_dir",
      progress="progress",
      registry="AREAS Registry",
-     results="environment new_result save_result load_results Results",
-     attribution="Attribution check_attribution",
-     markup="esc table image_uri",
-     figures="figure_svg plotting",
+     results="environment new_result save_result load_results find_done result_row Results",
+     attribution="Attribution check_attribution keep_top",
+     markup="Html esc markup tag table marked figure image_uri",
+     figures="plotting new_figure figure_svg",
      page="Page",
      doctor="doctor format_doctor")
