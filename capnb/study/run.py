@@ -83,13 +83,13 @@ def tune(
         shutil.rmtree(Path(folder)/'train', ignore_errors=True)
     return tuned, read_json(history)
 
-# %% ../../nbs/study/06_run.ipynb #7d6a776d
+# %% ../../nbs/study/06_run.ipynb #d6c35c39
 def load_foreign(
     captioner, # the base
     path # adapter of peft, or a folder written by capnb
 ): # `Tuned`
     "An adapter trained elsewhere, attached for evaluation"
-    from capnb.tune import load_adapter
+    from capnb.tune.adapters import load_adapter
     return load_adapter(captioner, path)
 
 # %% ../../nbs/study/06_run.ipynb #d960ea1c
@@ -110,7 +110,7 @@ def caption_file(
             append_line(path, dict(image_id=i, caption=c)); have[i] = c
     return [have[i] for i in ids]
 
-# %% ../../nbs/study/06_run.ipynb #ee69f729
+# %% ../../nbs/study/06_run.ipynb #dfe6384e
 def evaluate(
     captioner, # captioner or `Tuned`, trained on this fold
     sets, # `StudySets`
@@ -120,7 +120,7 @@ def evaluate(
     own=None # domain name and its captions by the base; None for zero-shot
 )->tuple: # captions: domain -> {id: caption}; log-probabilities: {id: (sum, tokens)}
     "Captions of the fold's images of each domain, and the likelihood of the base's own captions"
-    kw = {} if plan.max_new_tokens is None else dict(max_new_tokens=plan.max_new_tokens)
+    kw = dict(max_new_tokens=plan.max_new_tokens)
     said,likely = {},{}
     for name,d in sets.domains.items():
         rows = [i for i,f in enumerate(d.fold) if f==fold]
