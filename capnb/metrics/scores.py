@@ -154,12 +154,13 @@ def _collect(x, measures, skipped):
     settings = {**x.settings, "metrics": list(measures), "references": _fingerprint(x), "skipped": skipped}
     return Scores(x.ids, flat, settings)
 
-# %% ../../nbs/metrics/03_scores.ipynb #d75718a5
+# %% ../../nbs/metrics/03_scores.ipynb #74e4a55c
 class Comparison(dict):
     "Name -> `Interval` of the difference b - a."
     def _repr_markdown_(self):
         rows = [f"| {k} | {d.value:+.4g} | {d.low:+.4g} to {d.high:+.4g} | {d.opposite:.3f} |" for k, d in self.items()]
         return "\n".join(["| | b - a | 95 % interval | draws with the other sign |", "|---|---|---|---|", *rows])
+    def __repr__(self): return "b - a: " + ", ".join(f"{k} {d.value:+.3g} ({d.low:+.3g} to {d.high:+.3g})" for k, d in self.items())
     def __missing__(self, name): return Names(self)[name]
 
 def _same(runs):
