@@ -240,13 +240,13 @@ def _facts(study):
             'machine':' '.join(str(system[k]) for k in ('system','machine','accelerator') if system.get(k)) or '–', 'folds':d.get('folds')}
     return '<dl class="settings">' + ''.join(f'<dt>{esc(k)}</dt><dd>{esc(v)}</dd>' for k,v in rows.items() if v) + '</dl>'
 
-# %% ../../nbs/study/04_report.ipynb #f6569a5e
+# %% ../../nbs/study/04_report.ipynb #cebe38a7
 STYLE = Html('''<style>
 .answer h3{margin:1.3rem 0 .2rem;font-size:1.05rem}.answer p{margin:0 0 .35rem}
-.gains thead th{text-align:right;max-width:8rem}.gains thead tr:first-child th{text-align:center;color:var(--ink);border-bottom:1px solid var(--rule);border-left:.9rem solid var(--ground)}
-.gains thead th:first-child{text-align:left}.gains td{text-align:right;white-space:nowrap}.gains td b{font-weight:600}.gains small{display:block;font-size:.84em;font-weight:400}.gains small .ci{display:block;font-size:.92em}.gains th,.gains td{padding-right:.7rem}.gains tbody th{min-width:9.2rem;font-weight:600}.gains tbody th small{color:var(--soft)}.group+tr>*,.gains tr.group>*{border-top:1px solid var(--ink)}
+.gains thead th{text-align:right;max-width:6rem}.gains thead tr:first-child th{text-align:center;color:var(--ink);border-bottom:1px solid var(--rule);border-left:.5rem solid var(--ground)}
+.gains thead th:first-child{text-align:left}.gains td{text-align:right;white-space:nowrap}.gains td b{font-weight:600}.gains small{display:block;font-size:.84em;font-weight:400}.gains small .ci{display:block;font-size:.92em}.gains{font-size:.84rem}.gains th,.gains td{padding-right:.45rem}.gains tbody th{min-width:7.4rem;font-weight:600}.gains tbody th small{color:var(--soft)}.group+tr>*,.gains tr.group>*{border-top:1px solid var(--ink)}
 .up{color:var(--right)}.down{color:var(--wrong)}.same,.none,.control td,.control th{color:var(--soft)}.control th,.control b{font-style:italic;font-weight:400!important}
-.dot{vertical-align:-.12em;margin-right:.15em}svg.study{width:620px;stroke-linejoin:round}.halo{paint-order:stroke;stroke:var(--ground);stroke-width:4px}
+.dot{vertical-align:-.12em;margin-right:.15em}svg.study{width:620px;min-width:0;stroke-linejoin:round}.halo{paint-order:stroke;stroke:var(--ground);stroke-width:4px}
 .pairs{--col:25rem;gap:2rem}.pair{display:flex;gap:1rem;break-inside:avoid;font:.94rem/1.5 var(--sans);min-width:0}.pair>.pic{flex:0 0 7.5rem}.pair>.pic img{width:100%;background:var(--panel);display:block}
 .pair>div:last-child{flex:1;min-width:0}.pic span{font-size:.78rem;color:var(--soft);overflow-wrap:anywhere}.pair dl{margin:0}.pair dt{font-size:.8rem;color:var(--soft);margin-top:.45rem}.pair dt:first-child{margin-top:0}.pair dd{margin:0;overflow-wrap:anywhere}
 .pair ul{margin:.2rem 0 .4rem;font-size:.87rem;padding-left:1rem}.pair details{border:0;padding:0;margin:.4rem 0 0}.pair summary{font-size:.8rem;font-weight:400;color:var(--soft)}.left-out{color:var(--missed)}
