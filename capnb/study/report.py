@@ -31,8 +31,8 @@ def caption_html(
     more = f' <small class="left-out">missed: {esc(", ".join(missed))}</small>' if missed else ''
     return Html(str(marked(caption, spans) or '<i>(empty)</i>')+more)
 
-# %% ../../nbs/study/04_report.ipynb #cf2aff00
-NAMES = {'precision':'precision of statements', 'verbatim':'copied word for word', 'tuple_overlap':'facts shared'} # names of columns
+# %% ../../nbs/study/04_report.ipynb #264a7fd9
+NAMES = {'precision':'precision', 'verbatim':'copied', 'tuple_overlap':'facts shared'} # names of columns
 
 def cell(
     d, # `Difference`, or None
@@ -45,7 +45,7 @@ def cell(
     kind = 'up' if d.low>0 else 'down' if d.high<0 else 'same'
     return f'<td><b>{d.a:.{digits}f}</b><small class="{kind}">{signed(d.value, digits)} <span class="ci">[{signed(d.low, digits)}, {signed(d.high, digits)}]</span></small></td>'
 
-# %% ../../nbs/study/04_report.ipynb #835048cc
+# %% ../../nbs/study/04_report.ipynb #316d6df1
 def main_table(
     study, # `Study`
     summary:dict # of `summarise`
@@ -57,7 +57,7 @@ def main_table(
     near = [k for k in ('verbatim','tuple_overlap') if any(k in r['nearest'] for r in s['rows'])]
     head = (f'<tr><th rowspan="2" scope="col">method</th><th colspan="{len(metrics)}" scope="colgroup">Gained: {esc(s["target"])} images</th>'
             f'<th colspan="{_kept_columns(s)}" scope="colgroup">Not forgotten: {esc(s["lead"])} elsewhere</th>' + (f'<th colspan="{len(near)}" scope="colgroup">Which data</th>' if near else '') + '</tr>')
-    names = [*metrics, *s['kept'], *[f"{s['kept'][0]}: precision of statements"]*exact, 'own-caption perplexity', *near]
+    names = [*metrics, *s['kept'], *[f"{s['kept'][0]}: precision"]*exact, 'own-caption perplexity', *near]
     head += '<tr>' + ''.join(f'<th scope="col">{esc(NAMES.get(n, n))}</th>' for n in names) + '</tr>'
     body = ''.join(_table_row(r, s, metrics, near, look) for r in s['rows']) + _control_rows(study, s, metrics, near)
     return f'<figure class="table"><div class="scroll" tabindex="0"><table class="gains"><thead>{head}</thead><tbody>{body}</tbody></table></div>{_table_note(s)}</figure>'
@@ -98,10 +98,10 @@ def _control_rows(study, s, metrics, near):
         rows.append(f'<tr class="{kind}"><th scope="row">{esc(name)}</th>{"".join(cells)}<td colspan="{_kept_columns(s)+len(near)}"></td></tr>')
     return ''.join(rows)
 
-# %% ../../nbs/study/04_report.ipynb #afd269c3
+# %% ../../nbs/study/04_report.ipynb #76a6b453
 def _table_note(s):
     "What the numbers mean, below the table"
-    return ('<figcaption style="margin-top:.7rem;font-weight:400;color:var(--soft)">Bold: mean over images and seeds. Below: difference from zero-shot with its 95 % interval (paired bootstrap over images and seeds; with few seeds it is a rough guide); '
+    return ('<figcaption style="margin-top:.7rem;font-weight:400;color:var(--soft)">Bold: mean over images and seeds. Precision: share of the statements in a caption that are true of the image. Copied: word for word a training caption. Below: difference from zero-shot with its 95 % interval (paired bootstrap over images and seeds; with few seeds it is a rough guide); '
             'grey where the interval holds zero. Own-caption perplexity: how unlikely the captions that the base wrote on source images have become; lower is better, the ratio is 1 where nothing changed. '
             'The rows in italics do not see the image. <i>Which data</i> is a look-up of the nearest training captions, a baseline and not an attribution.</figcaption>')
 
@@ -240,11 +240,11 @@ def _facts(study):
             'machine':' '.join(str(system[k]) for k in ('system','machine','accelerator') if system.get(k)) or '–', 'folds':d.get('folds')}
     return '<dl class="settings">' + ''.join(f'<dt>{esc(k)}</dt><dd>{esc(v)}</dd>' for k,v in rows.items() if v) + '</dl>'
 
-# %% ../../nbs/study/04_report.ipynb #cebe38a7
+# %% ../../nbs/study/04_report.ipynb #3826259d
 STYLE = Html('''<style>
 .answer h3{margin:1.3rem 0 .2rem;font-size:1.05rem}.answer p{margin:0 0 .35rem}
 .gains thead th{text-align:right;max-width:6rem}.gains thead tr:first-child th{text-align:center;color:var(--ink);border-bottom:1px solid var(--rule);border-left:.5rem solid var(--ground)}
-.gains thead th:first-child{text-align:left}.gains td{text-align:right;white-space:nowrap}.gains td b{font-weight:600}.gains small{display:block;font-size:.84em;font-weight:400}.gains small .ci{display:block;font-size:.92em}.gains{font-size:.84rem}.gains th,.gains td{padding-right:.45rem}.gains tbody th{min-width:7.4rem;font-weight:600}.gains tbody th small{color:var(--soft)}.group+tr>*,.gains tr.group>*{border-top:1px solid var(--ink)}
+.gains thead th:first-child{text-align:left}.gains td{text-align:right;white-space:nowrap}.gains td b{font-weight:600}.gains small{display:block;font-size:.84em;font-weight:400}.gains small .ci{display:block;font-size:.92em}.gains{font-size:.81rem}.gains th,.gains td{padding-right:.22rem}.gains tbody th{min-width:7.4rem;font-weight:600}.gains tbody th small{color:var(--soft)}.group+tr>*,.gains tr.group>*{border-top:1px solid var(--ink)}
 .up{color:var(--right)}.down{color:var(--wrong)}.same,.none,.control td,.control th{color:var(--soft)}.control th,.control b{font-style:italic;font-weight:400!important}
 .dot{vertical-align:-.12em;margin-right:.15em}svg.study{width:620px;min-width:0;stroke-linejoin:round}.halo{paint-order:stroke;stroke:var(--ground);stroke-width:4px}
 .pairs{--col:25rem;gap:2rem}.pair{display:flex;gap:1rem;break-inside:avoid;font:.94rem/1.5 var(--sans);min-width:0}.pair>.pic{flex:0 0 7.5rem}.pair>.pic img{width:100%;background:var(--panel);display:block}
