@@ -94,7 +94,7 @@ def image_key(
     "A hash of an image's size and pixels."
     return hashlib.blake2b(f"{image.mode}{image.size}".encode() + image.tobytes(), digest_size=16).hexdigest()
 
-# %% ../../nbs/models/00_captioner.ipynb #2019f18b
+# %% ../../nbs/models/00_captioner.ipynb #360bf485
 class FeatureCache:
     "Features by key: in memory, and in `folder` as one safetensors file per fingerprint and call of `flush`."
     def __init__(self,
@@ -112,7 +112,7 @@ class FeatureCache:
         return self.store.get((tower, key))
 
     def put(self, tower, key, value):
-        "Keep `value`."
+        "Keep `value` under `key` for the vision tower with fingerprint `tower`."
         self.store[tower, key] = value
         if self.folder: self.fresh.setdefault(tower, {})[str(key)] = value.clone()
 

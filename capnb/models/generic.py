@@ -40,14 +40,14 @@ class slots_in:
         s = nn.functional.pad(s, (0, E.shape[1] - s.shape[1]), value=-1)  # (B·beams, T)
         return torch.where((s >= 0)[..., None], self.rows.to(E.device, E.dtype)[s.clamp(min=0)], E)
 
-# %% ../../nbs/models/02_generic.ipynb #562116a9
+# %% ../../nbs/models/02_generic.ipynb #80303143
 class HFCaptioner(Captioner):
     "A captioner for any decoder-only model of transformers' image-text-to-text class."
     def __init__(self,
         model: nn.Module,  # from AutoModelForImageTextToText
         processor,  # its processor
         template: Template|None = None,  # None: the chat template, or a plain one
-        name: str = "captioner",
+        name: str = "captioner",  # shown in results
     ):
         if getattr(model.config, "is_encoder_decoder", False) or not hasattr(processor, "tokenizer"):
             raise ConfigError("this model has another shape", where=type(model).__name__, expected="a decoder-only image-text-to-text model and its processor")
@@ -60,7 +60,7 @@ class HFCaptioner(Captioner):
 
     def processed(self,
         prompts: list,  # whole prompts
-        images: list,
+        images: list,  # PIL images, one for each prompt
     ) -> dict:
         "What the processor makes of prompts and images."
         kw = dict(text=prompts, padding=True, return_tensors="pt")

@@ -30,7 +30,7 @@ def word_tokenizer(
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"})
 
-# %% ../../nbs/models/01_llava.ipynb #9849d5b4
+# %% ../../nbs/models/01_llava.ipynb #07cc4fdc
 def build_llava(
     tokenizer,  # with an `<image>` token
     image_size: int = 64,  # pixels
@@ -39,7 +39,7 @@ def build_llava(
     layers: int = 4,  # decoder layers
     heads: int = 4,  # attention heads
     vision_width: int|None = None,  # hidden size of the vision tower; None: as the decoder
-    vision_layers: int = 4,
+    vision_layers: int = 4,  # layers of the vision tower
     positions: int = 512,  # longest sequence
     tie: bool = False,  # one matrix for word embeddings and output layer
 ):
@@ -59,14 +59,14 @@ def build_llava(
     processor = LlavaProcessor(pixels, tokenizer, patch_size=patch, vision_feature_select_strategy="default", num_additional_image_tokens=1)
     return LlavaForConditionalGeneration(config).eval(), processor
 
-# %% ../../nbs/models/01_llava.ipynb #e4935b3d
+# %% ../../nbs/models/01_llava.ipynb #5eed5be6
 class LlavaCaptioner(Captioner):
     "A captioner of the LLaVA architecture."
     def __init__(self,
         model: nn.Module,  # LlavaForConditionalGeneration
         processor,  # its processor: tokenizer and image processor
         template: Template|None = None,  # None: the processor's chat template, or LLaVA's own form
-        name: str = "llava",
+        name: str = "llava",  # shown in results
     ):
         form = None if processor.chat_template else Template.form
         super().__init__(model, processor, template or Template(form=form), name)

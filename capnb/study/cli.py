@@ -15,7 +15,7 @@ import capnb
 from ..core.errors import CapnbError, did_you_mean
 from .plan import SIZES, Plan
 
-# %% ../../nbs/study/07_cli.ipynb #11bb470d
+# %% ../../nbs/study/07_cli.ipynb #73685783
 SUBCOMMANDS = { # name -> (module:function, what it does)
     'study':     ('capnb.study.cli:study_command', 'tune a captioner on captioned images and report gains, losses and nearest data'),
     'report':    ('capnb.study.cli:report_command', 'write the report of a study folder again'),
@@ -24,6 +24,7 @@ SUBCOMMANDS = { # name -> (module:function, what it does)
     'data':      ('capnb.study.cli:data_command', 'read captioned images and say what is in them'),
     'doctor':    ('capnb.study.cli:doctor_command', 'say what is installed, what is missing and how to get it'),
     'notebooks': ('capnb.study.cli:notebooks_command', 'copy the tutorial notebooks into a folder'),
+    'train-tiny': ('capnb.train.tiny_ship:train_tiny_command', 'train the shipped base from nothing by its recipe'),
 }
 EXAMPLES = '''examples:
   capnb study --quick                                    zero-shot and LoRA on the shipped base, about a minute

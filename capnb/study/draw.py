@@ -62,7 +62,7 @@ def span(
     pad = (high-low)*margin or .5
     return low-pad, high+pad
 
-# %% ../../nbs/study/03_draw.ipynb #a4e16eec
+# %% ../../nbs/study/03_draw.ipynb #c59ce62b
 W,H,LEFT,RIGHT,TOP,BOTTOM = 460,320,54,14,14,44
 
 class Axes:
@@ -80,7 +80,13 @@ class Axes:
     def y(self, v): return H-BOTTOM-(v-self.ys[0])/(self.ys[1]-self.ys[0])*(H-TOP-BOTTOM)
     def add(self, svg): self.parts.append(svg)
 
-    def line(self, points, colour, width=1.5, opacity=1., dash=None):
+    def line(self,
+        points, # (x, y) pairs in the units of the axes
+        colour:str, # CSS colour
+        width:float=1.5, # in SVG units
+        opacity:float=1., # 0 to 1
+        dash:str=None): # SVG dash pattern; None: unbroken
+        "Draw a line through `points`"
         d = ' '.join(f'{self.x(a):.1f},{self.y(b):.1f}' for a,b in points)
         self.add(f'<polyline points="{d}" fill="none" stroke="{colour}" stroke-width="{width:g}" opacity="{opacity:g}"' + (f' stroke-dasharray="{dash}"' if dash else '') + '/>')
 
