@@ -1,6 +1,6 @@
 """One battery of checks for every tuning method on every captioner family: a method that is listed but does nothing, or that
-touches what it should not, fails here."""
-import copy
+touches what it should not, fails here. Every method meets LLaVA and one of each kind the generic family; CAPNB_ALL=1 runs every pair."""
+import copy, os
 import pytest
 import torch
 from PIL import Image
@@ -33,6 +33,12 @@ def mute(model):
     "Never write a special token other than the end: a teacher-forced row with an image mark in its caption would be another prompt."
     with torch.no_grad(): model.lm_head.weight[[0, 1, 3, 4]] = 0.
     return model
+
+
+def pairs(cases, *generic):
+    "Parameters `case` and `captioner`: all cases on LLaVA, those named in `generic` on the generic family, too."
+    chosen = [(c, f) for f in FAMILIES for c in cases if f == "llava" or c in generic or os.environ.get("CAPNB_ALL")]
+    return pytest.mark.parametrize("case,captioner", chosen, indirect=["captioner"])
 
 
 @pytest.fixture(params=FAMILIES)
@@ -82,7 +88,7 @@ def test_every_listed_method_is_tested():
     assert {c["method"] for c in CASES.values()} | {"zero_shot"} == set(METHODS.table)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pairs(CASES, "prompt_before", "lora", "full_vision")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_battery(case, captioner, tmp_path):
     base_print, base_says = fingerprint(captioner.model), says(captioner)
@@ -135,16 +141,19 @@ def test_battery(case, captioner, tmp_path):
             torch.testing.assert_close(merged(merged.collate(examples())).logits, logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case,count", [
-    ("prompt", lambda c: (len([i for i in c.prompt_ids(None)[0] if i not in c.tokenizer.all_special_ids])) * 32), ("prompt_9", lambda c: 9 * 32),
-    ("lora", lambda c: 2 * 2 * 4 * (32 + 32)), ("lora_all", lambda c: 2 * 4 * 2 * (32 + 32)), ("dora", lambda c: 2 * 2 * (2 * 64 + 32)),
-    ("full", lambda c: sum(p.numel() for n, p in c.model.named_parameters() if "vision_tower" not in n))])
-def test_counted_parameters(case, count, captioner):
-    want = count(captioner)
+COUNTS = {
+    "prompt": lambda c: (len([i for i in c.prompt_ids(None)[0] if i not in c.tokenizer.all_special_ids])) * 32, "prompt_9": lambda c: 9 * 32,
+    "lora": lambda c: 2 * 2 * 4 * (32 + 32), "lora_all": lambda c: 2 * 4 * 2 * (32 + 32), "dora": lambda c: 2 * 2 * (2 * 64 + 32),
+    "full": lambda c: sum(p.numel() for n, p in c.model.named_parameters() if "vision_tower" not in n)}
+
+
+@pairs(COUNTS, "prompt")
+def test_counted_parameters(case, captioner):
+    want = COUNTS[case](captioner)
     assert attach(captioner, **CASES[case]).counts()["trainable"] == want
 
 
-@pytest.mark.parametrize("case", ["prompt", "lora", "full"])
+@pairs(["prompt", "lora", "full"], "prompt")
 def test_half_precision(case, captioner):
     captioner.model.to(torch.bfloat16)
     base = says(captioner)
@@ -155,7 +164,7 @@ def test_half_precision(case, captioner):
     with t.off(): assert says(t) == base
 
 
-@pytest.mark.parametrize("case", ["prompt", "lora", "full"])
+@pairs(["prompt", "lora", "full"])
 def test_alpha_is_a_straight_line(case, captioner):
     t = strong(attach(captioner, **CASES[case]))
     def effective():
