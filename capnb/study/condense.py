@@ -10,7 +10,7 @@ import dataclasses
 from ..core.files import plain
 from .answer import read_study, summarise
 
-# %% ../../nbs/study/08_condense.ipynb #ece3dea1
+# %% ../../nbs/study/08_condense.ipynb #8da9eb4f
 def _difference(d):
     "Numbers of a `Difference`, rounded to what they can carry"
     if d is None: return None
@@ -29,7 +29,7 @@ def condense(
     return plain(dict(plan=study.plan["plan"], data=study.plan["data"], lead=s["lead"], target=s["target"], rows=rows,
         runs=[dict(name=r["study"]["name"], seed=r["study"]["run"]["seed"], seconds=round(r["run_info"]["total_time"], 1)) for r in study.done],
         missing=study.missing, failed=[r["study"]["name"] for r in study.failed], made=first["run_info"]["created_at"],
-        commit=first["run_info"].get("peft_branch"), meta_info=first["meta_info"]))
+        meta_info={k: first["meta_info"][k] for k in ("package_info", "system_info") if k in first["meta_info"]}))
 
 # %% ../../nbs/study/08_condense.ipynb #34f44772
 def _signed(d, digits=2):
