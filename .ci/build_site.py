@@ -66,7 +66,7 @@ def stage(project: Path) -> Path:
     subprocess.run([sys.executable, "-c", f"if __name__ == '__main__':\n    {code}"], cwd=project, env=env, check=True)
     pages = project / "_proc"
     for p in sorted(pages.rglob("*.ipynb")):
-        nb = json.loads(p.read_text(encoding="utf-8"))
+        nb = without_sources(json.loads(p.read_text(encoding="utf-8")))
         for cell in nb["cells"]:
             if cell["cell_type"] == "markdown": cell["source"] = relink(source(cell), page_link)
             if cell["cell_type"] == "raw": cell["source"] = re.sub(r"^output-file:.*\n", "", source(cell), flags=re.M)
@@ -75,6 +75,16 @@ def stage(project: Path) -> Path:
         if to.exists(): sys.exit(f"two notebooks make the page {to.relative_to(pages)}: rename one of them")
         to.write_text(json.dumps(nb), encoding="utf-8")
     return pages
+
+
+SOURCE_LINK = re.compile(r"\[source\]\(/?blob/[^)]*\)(\{[^}]*\})?\s*")
+
+
+def without_sources(x):
+    "Drop nbdev's links to source files: the project names no host for them."
+    if isinstance(x, str): return SOURCE_LINK.sub("", x)
+    if isinstance(x, list): return [without_sources(o) for o in x]
+    return {k: without_sources(v) for k, v in x.items()} if isinstance(x, dict) else x
 
 
 def sources(nb: Path) -> list: return [source(c) for c in json.loads(nb.read_text(encoding="utf-8"))["cells"]]
