@@ -107,6 +107,33 @@ def test_real_images_run_in_folds(tmp_path):
     assert all(len(r['study']['domains']['target']['captions']) == 10 and r['study']['controls']['shuffled'] for r in study.done)
 
 
+@pytest.fixture(scope='module')
+def llava15(tmp_path_factory):
+    "LLaVA-1.5 as transformers defines it, small and random, saved by transformers' own means"
+    from transformers import (CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor)
+    torch.manual_seed(1)
+    tokenizer, folder = toy().tokenizer, tmp_path_factory.mktemp('hub') / 'llava-1.5-tiny'
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=42, patch_size=14, projection_dim=32)
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                       pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids('<image>'))
+    assert config.vision_feature_layer == -2 and config.vision_feature_select_strategy == 'default'  # as LLaVA-1.5 has it
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    pixels = CLIPImageProcessor(size={'shortest_edge': 42}, crop_size={'height': 42, 'width': 42})
+    LlavaProcessor(pixels, tokenizer, patch_size=14, vision_feature_select_strategy='default', num_additional_image_tokens=1).save_pretrained(folder)
+    return folder
+
+
+def test_llava15_from_disk_goes_through_the_whole_study(llava15, tmp_path):
+    plan = Plan(base=str(llava15), methods='all', seeds=1, out=str(tmp_path / 's'), **SMALL)
+    html = run_study(plan, lambda s: None).read_text()
+    study = read_study(tmp_path / 's')
+    assert {r['study']['name'].split('-')[0] for r in study.done} == {'zero_shot', 'prompt', 'lora', 'full'}
+    for r in study.done:
+        assert len(r['study']['domains']['target']['captions']) == 4 and 'source' in r['study']['domains'], r['study']['name']
+    assert all(name in html for name in ('llava-1.5-tiny', 'LoRA', 'full fine-tuning', 'prompt tuning'))
+
+
 def test_adapter_from_elsewhere_is_only_evaluated(tmp_path, whole):
     adapter = next((whole / 'runs').glob('lora-seed0-*')) / 'fold0' / 'adapter'
     plan = Plan(methods='zero_shot', adapters=(str(adapter),), out=str(tmp_path / 's'), **SMALL)

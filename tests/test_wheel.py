@@ -13,7 +13,7 @@ def wheel(tmp_path_factory) -> Path:
     copy = copy_checkout(tmp_path_factory.mktemp("source") / "capnb")
     out = tmp_path_factory.mktemp("wheel")
     # The build tools that are installed are used as they are: nothing is fetched here.
-    run(PYTHON, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, copy, env=python_env(copy))
+    run(PYTHON, "-m", "build", "--no-isolation", "--outdir", out, copy, env=python_env(copy))  # the wheel from the source archive
     return next(out.glob("*.whl"))
 
 

@@ -40,13 +40,19 @@ def _sync_folder(folder):
     finally: os.close(fd)
 
 # %% ../../nbs/core/01_files.ipynb #6f3fe49d
+def _utf8(text, path):
+    "`text` as bytes"
+    try: return text.encode('utf-8')
+    except UnicodeEncodeError as e:
+        raise CapnbError('The text holds half a character (a lone surrogate)', where=f'{path}, near {text[max(0, e.start-20):e.start]!r}', do='take it out') from None
+
 def atomic_write(
     path, # file to write; missing folders are made
     data # str (written as UTF-8) or bytes
 )->Path: # the path written
     "Write `data` to `path` wholly or not at all"
     path,temp = Path(path),None
-    if isinstance(data, str): data = data.encode('utf-8')
+    if isinstance(data, str): data = _utf8(data, path)
     try:
         target = path.resolve()  # write through a link instead of replacing it
         if target.is_dir(): raise IsADirectoryError(errno.EISDIR, 'is a directory')
@@ -153,7 +159,7 @@ def append_line(
 )->Path: # the path written
     "Append `obj` as one line of JSON to `path`; a torn last line is removed first"
     path = Path(path)
-    line = (json.dumps(plain(obj), ensure_ascii=False, allow_nan=False) + '\n').encode('utf-8')
+    line = _utf8(json.dumps(plain(obj), ensure_ascii=False, allow_nan=False) + '\n', path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'a+b', buffering=0) as f:

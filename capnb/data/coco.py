@@ -96,6 +96,7 @@ class JsonReader(JsonStream):
             except json.JSONDecodeError as e:
                 open_end = e.msg.startswith('Unterminated') or e.pos > len(self.text)-16
                 if not open_end or not self.more(size): raise self.error(e.msg, e.pos) from None
+            except ValueError as e: raise self.error(str(e)) from None  # a number of thousands of digits
             except RecursionError: raise self.error('nested too deeply') from None
             else:
                 length = end - self.pos
@@ -213,7 +214,7 @@ class CocoBuilder:
         id = entry.get('id')
         where += f', id {id!r}'
         if not _is_id(id): return self.faults('bad id', f'The image id is neither text nor a whole number: {id!r}', where)
-        if id in self.rows: return self.faults('duplicate id', f'The image id {id!r} was used before', where)
+        if id in self.rows or _twin(id) in self.rows: return self.faults('duplicate id', f'The image id {id!r} was used before', where)
         path,problem = find_image(self.root, entry.get('file_name'))
         self.rows[id] = None if problem else len(self.columns.ids)
         if problem: return self.faults(*problem, where)
@@ -235,7 +236,15 @@ class CocoBuilder:
         self.taken.append(id if isinstance(id, int) and 0 <= id < 2**63 else -1)
         self.columns.add_caption(self.rows[image], entry['caption'])
 
-def _is_id(x): return isinstance(x, (int, str)) and not isinstance(x, bool) and x != '' and (isinstance(x, str) or abs(x) < 2**63)
+# %% ../../nbs/data/01_coco.ipynb #38c98c8f
+def _is_id(x):
+    "May `x` be the id of an image?"
+    if isinstance(x, str): return x != '' and not any('\ud800' <= c <= '\udfff' for c in x)
+    return isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**63
+
+def _twin(id):
+    "The same id as a number or as text: captions files and scores know ids as text"
+    return str(id) if isinstance(id, int) else int(id) if id.isascii() and id.removeprefix('-').isdigit() and len(id) < 20 and str(int(id)) == id else id
 
 # %% ../../nbs/data/01_coco.ipynb #655659c7
 def _drop_repeated(b):
@@ -311,9 +320,11 @@ def read_instances(
     return column.close(n)
 
 # %% ../../nbs/data/01_coco.ipynb #a52d7a24
+def _is_number(x): return isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**63
+
 def _add_category(column, value, where, faults):
     "One element of `categories`"
-    if not isinstance(value.get('id'), int) or not isinstance(value.get('name'), str): return faults('wrong shape', f'The category lacks an id or a name: {value}', where)
+    if not _is_number(value.get('id')) or not isinstance(value.get('name'), str): return faults('wrong shape', f'The category lacks an id or a name: {value}', where)
     column.names[value['id']] = value['name']
 
 def _add_object(column, rows, value, where, faults):
@@ -322,7 +333,7 @@ def _add_object(column, rows, value, where, faults):
     where += f', image_id {value["image_id"]!r}'
     good = isinstance(box, list) and len(box) == 4 and all(isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e7 for x in box) and min(box[2:]) >= 0
     if not good: return faults('bad box', f'The box is not x, y, width, height: {str(box)[:60]}', where)
-    if not isinstance(category, int) or isinstance(category, bool): return faults('unknown category', f'The category id is not a whole number: {category!r}', where)
+    if not _is_number(category): return faults('unknown category', f'The category id is not a whole number: {category!r}', where)
     column.add(rows[value['image_id']], category, box, value.get('iscrowd'))
 
 def _members(path, faults):

@@ -422,20 +422,21 @@ def _from_records(records, on_error, name):
         where = f'{name}, record {n} with id {getattr(record, "id", None)!r}'
         problem = record_fault(record, seen)
         if problem: faults(*problem, where); continue
-        seen.add(record.id)
+        seen.add(str(record.id))
         columns.add(record)
     if not columns.ids: raise no_records(name, faults.skipped)
     return CaptionDataset(ClosedColumns(columns), skipped=faults.skipped)
 
 def record_fault(
     record, # what should be a `Record`
-    seen # ids that are taken
+    seen # ids that are taken, as text
 )->tuple: # (reason, sentence), or None for a good record
     "What is wrong with a record, apart from its image"
     if not isinstance(record, Record): return 'not a record', f'This is no Record but {type(record).__name__}'
     if isinstance(record.id, bool) or not isinstance(record.id, (int, str, np.integer)) or record.id == '':
         return 'bad id', f'The id is neither text nor a whole number: {record.id!r}'
-    if record.id in seen: return 'duplicate id', f'The id {record.id!r} was used before'
+    if isinstance(record.id, str) and any('\ud800' <= c <= '\udfff' for c in record.id): return 'bad id', 'The id holds half a character (a lone surrogate)'
+    if str(record.id) in seen: return 'duplicate id', f'The id {record.id!r} was used before'
     if not isinstance(record.captions, (list, tuple)): return 'caption is not text', f'The captions are not a list but {type(record.captions).__name__}'
     return next(filter(None, map(caption_fault, record.captions)), None)
 

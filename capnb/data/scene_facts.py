@@ -32,6 +32,7 @@ def draw_facts(
     seed:int=0, # other facts
 )->list: # 4 n `Fact`s, no two about the same ordered pair in the same or the inverse relation
     "Facts drawn by lot, evenly over the four places."
+    if not 1 <= n <= 80: raise ConfigError(f"{n} facts for each place cannot be drawn", expected="1 to 80: fourteen categories do not allow for more")
     rng, facts, taken = random.Random(lot("facts", seed)), [], set()
     while len(facts) < 4*n:
         s, o = rng.sample(list(CATEGORIES), 2)
@@ -51,6 +52,8 @@ def fact_scene(
     domain:str="source", # how it is drawn
 )->Scene:
     "A scene of two things in a given relation."
+    wrong = next((c for c in (subject, obj) if c not in CATEGORIES), None) or (relation if relation not in RELATIONS else None)
+    if wrong: raise ConfigError(f"{wrong!r} is neither a category nor a relation of Scenes", expected=f"categories {', '.join(CATEGORIES)}; relations {', '.join(RELATIONS)}")
     rng, touching = random.Random(seed), relation in ("on", "inside")
     a = draw_thing(rng, domain, among=[subject], size="small" if touching else None)
     b = draw_thing(rng, domain, among=[obj], size="big" if touching else None)
@@ -58,14 +61,18 @@ def fact_scene(
     return Scene([a, b], [(0, relation, 1)], rng.choice(BACKGROUNDS), domain, seed)
 
 # %% ../../nbs/data/15_scene_facts.ipynb #e2227981
+def _all_true(subject, relation, obj):
+    "Triples of categories that one relation makes true."
+    return {(subject, r, obj) if a == 0 else (obj, r, subject) for a, r, _ in implied(0, relation, 1)}
+
 def _strangers(fact, facts):
     "Two categories that make no fact with the fact's own words."
     rng = random.Random(lot("strangers", fact.subject, fact.relation, fact.object))
-    known = {(s, r, o) for f in facts for a, r, _ in implied(0, f.relation, 1) for s, o in [(f.subject, f.object) if a == 0 else (f.object, f.subject)]}
+    known = {t for f in facts for t in _all_true(*f[:3])}
     order = rng.sample(list(CATEGORIES), len(CATEGORIES))
     for x in order:
         for y in order:
-            made = {(fact.subject, fact.relation, x), (y, fact.relation, fact.object), (x, fact.relation, y)}
+            made = {t for s, o in ((fact.subject, x), (y, fact.object), (x, y)) for t in _all_true(s, fact.relation, o)}
             if len({fact.subject, fact.object, x, y}) == 4 and not made & known: return x, y
     raise ConfigError(f"{len(facts)} facts leave no decoy for {fact[:3]}", expected="fewer facts")
 

@@ -14,13 +14,16 @@ from .scene_text import plural, LONG, SHORT, REWORDED, SYNONYMS
 # %% ../../nbs/data/13_scene_oracle.ipynb #98bab976
 _NOUNS = {f: w for w in [*CATEGORIES, *SUBTYPE_OF] for f in (w, plural(w))}
 _ADJECTIVES = {**{c: ("colour", c) for c in COLOURS}, **{s: ("size", s) for s in SIZES}, **{t: ("texture", t) for t in TEXTURES},
-               **{v: ("size" if k in SIZES else "texture", k) for k, v in SYNONYMS.items()}, "stripy": ("texture", "striped")}
+               **{v: ("size" if k in SIZES else "texture", k) for k, v in SYNONYMS.items()}, "stripy": ("texture", "striped"),
+               **{c: ("colour", c) for c in "black white grey gray golden silver beige turquoise".split()}}  # never true here
 _COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 _PHRASES = {**{v: k for d in (LONG, SHORT, REWORDED) for k, v in d.items()}, "on the left of": "left of", "on the right of": "right of",
             "underneath": "below", "beneath": "below", "inside of": "inside", "in": "inside"}
 _PHRASES = sorted(((tuple(p.split()), r) for p, r in _PHRASES.items()), key=lambda x: -len(x[0]))
 _GROUNDS = {**{b: b for b in BACKGROUNDS}, "brick": "brick", "bricks": "brick", "nighttime": "night"}
-_WORD = re.compile(r"[a-z']+|\d+|[.,;:!?]")
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[.,;:!?]")
+_ENDS = frozenset("and or with is are was were has have that which who of at near by to from for while as next behind against over under there it its their this , : inside".split())
+_NO_THING = frozenset("image picture photo photograph scene view sentence background drawing illustration cartoon lot couple pair group bunch few close closeup side middle center centre front back top bottom left right day kind type piece row line bit number shot pattern texture colour color total wall".split())
 
 # %% ../../nbs/data/13_scene_oracle.ipynb #fc24f7ed
 class Statement(NamedTuple):
@@ -51,7 +54,8 @@ class _Mention:
     def __init__(self, noun, span, plural): self.noun, self.span, self.plural, self.said, self.count, self.definite, self.thing = noun, span, plural, [], None, False, None
 
 def _tokens(caption):
-    return [(m.group(), m.start(), m.end()) for m in _WORD.finditer(caption.lower())]
+    found = [(m.group().lower(), m.start(), m.end()) for m in _WORD.finditer(caption)]
+    return found + [(".", len(caption), len(caption))]  # the end of the text ends a sentence
 
 def _phrase_at(words, i):
     for p, r in _PHRASES:
@@ -62,28 +66,36 @@ def _phrase_at(words, i):
 def _scan(caption):
     "Mentions, links (mention before, relation, mention after, span) and grounds of a caption."
     tokens = _tokens(caption); words = [t[0] for t in tokens]
-    mentions, links, grounds, waiting, i = [], [], [], [], 0
+    mentions, links, grounds, waiting, unknown, i = [], [], [], [], [], 0
     pending, count, definite, copula = None, None, False, False
     while i < len(words):
         w, a, b = tokens[i]
         relation, n = _phrase_at(words, i)
+        if relation or w in _ENDS or w in ".;!?" or w == "the" or w in _COUNTS or w.isdigit():
+            if unknown and unknown[-1][0] not in _NO_THING:  # "a zebra": a thing that no scene holds
+                m = _Mention(*unknown[-1], False)
+                m.said, waiting, m.count = waiting, [], count if count and count[0] else None; mentions.append(m)
+                if pending: links.append((pending[0], pending[1], len(mentions)-1, pending[2])); pending = None
+                count, definite, copula = None, False, False
+            unknown = []
         if relation:
             if mentions and not waiting: pending = (len(mentions)-1, relation, (a, tokens[i+n-1][2]))
             i += n; continue
         if w in _ADJECTIVES: waiting.append((*_ADJECTIVES[w], (a, b)))
-        elif w in _COUNTS or w == "the": count, definite = (_COUNTS.get(w), (a, b)), w == "the"
-        elif w in _GROUNDS: grounds.append((_GROUNDS[w], (a, b))); pending, waiting = None, []
+        elif w in _COUNTS or w == "the" or w.isdigit(): count, definite = (_COUNTS.get(w) or (int(w[:9]) if w.isdigit() else None), (a, b)), w == "the"
+        elif w in _GROUNDS: grounds.append((_GROUNDS[w], (a, b))); pending, waiting, count, unknown = None, [], None, []
         elif w in _NOUNS:
             m = _Mention(_NOUNS[w], (a, b), w != _NOUNS[w] or plural(w) == w)
             m.said, waiting = waiting, []
             if count and count[0] and not definite: m.count = count
             m.definite = definite; mentions.append(m)
             if pending: links.append((pending[0], pending[1], len(mentions)-1, pending[2])); pending = None
-            count, definite, copula = None, False, False
+            count, definite, copula, unknown = None, False, False, []
         elif w in ("is", "are", "looks"): copula = bool(mentions)
         elif w in ".;!?":
             if copula and waiting: mentions[-1].said += waiting
             pending, waiting, copula, count = None, [], False, None
+        elif count and not definite and w not in _ENDS: unknown.append((w, (a, b)))
         i += 1
     if copula and waiting: mentions[-1].said += waiting
     return mentions, links, grounds

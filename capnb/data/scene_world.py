@@ -155,6 +155,10 @@ def _halves(relation):
     first, second = ((0, 0, 32, 64), (32, 0, 64, 64)) if relation in ("left of", "right of") else ((0, 0, 64, 32), (0, 32, 64, 64))
     return (first, second) if relation in ("left of", "above") else (second, first)
 
+def _spot(rng, relation):
+    "Where the big thing of a pair stands: the small one then falls into one square of the grid, not on a crossing."
+    return (rng.choice((24, 40)), rng.choice((24, 40))) if relation == "inside" else (rng.choice((8, 24, 40, 56)), rng.choice((40, 56)))
+
 def place(
     rng:random.Random, # the scene's own generator
     a:Thing, # subject; must be small if it is on or inside the other
@@ -164,8 +168,7 @@ def place(
     "Give two things boxes that obey a relation."
     if relation in INVERSE:
         for t, box in zip((a, b), _halves(relation)): _group(rng, t, *box)
-    else:
-        _pair(rng, a, b, relation, rng.choice((16, 32, 48)), rng.choice((32, 48) if relation == "on" else (16, 32, 48)))
+    else: _pair(rng, a, b, relation, *_spot(rng, relation))
 
 # %% ../../nbs/data/10_scene_world.ipynb #1e4eb2ef
 def draw_scene(
@@ -175,6 +178,7 @@ def draw_scene(
 )->Scene:
     "Draw a whole scene by lot."
     if domain not in DOMAINS: raise ConfigError(f"no domain {domain!r} in Scenes", expected="one of " + ", ".join(DOMAINS))
+    if kind is not None and kind not in LAYOUTS: raise ConfigError(f"no kind {kind!r} of scene", expected="one of " + ", ".join(LAYOUTS))
     rng = random.Random(seed)
     kind = kind or rng.choices(list(LAYOUTS), list(LAYOUTS.values()))[0]
     novel = domain == "target" and rng.random() < .5
@@ -217,7 +221,10 @@ def _three(rng, domain, novel):
     a, b = _touching(rng, domain, novel, relation)
     c = draw_thing(rng, domain, (a.category, b.category))
     (x0, y0, x1, y1), other = _halves(side)
-    _pair(rng, a, b, relation, (x0+x1)/2, 48 if relation == "on" else (y0+y1)/2)
+    x, y = _spot(rng, relation)
+    if side in RELATIONS[:2]: x = (x0+x1)/2 if relation == "inside" else {16: 8, 48: 56}[(x0+x1)/2]
+    else: y = (y0+y1)/2
+    _pair(rng, a, b, relation, x, y)
     _group(rng, c, *other)
     return [a, b, c], [(0, relation, 1), (1, side, 2)]
 

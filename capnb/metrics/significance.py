@@ -92,14 +92,17 @@ def two_level(
     draws:int=1000, # Bootstrap draws of seeds and images
     level:float=0.95, # Share of draws inside the interval
     seed:int=0, # Random seed of the draws
+    together:bool=False, # Run k of both belongs together (one training): the same runs are drawn on both sides
 ) -> Interval: # Of the mean over seeds, or of the difference b - a of such means
     "Bootstrap over training seeds and images."
     n = {len(counts_of(m)) for m in [*runs_a, *(runs_b or [])]}
     if len(n) != 1: raise MetricError("The runs were scored on different numbers of images", where=f"{sorted(n)}")
-    rng, d = np.random.default_rng([seed, 1]), []
+    if together and len(runs_a) != len(runs_b): raise MetricError("Runs that belong together come in pairs", where=f"{len(runs_a)} and {len(runs_b)}")
+    rng = np.random.default_rng([seed, 1])
+    other, d = np.random.default_rng([seed, 1]) if together else rng, []
     for w in _draws(n.pop(), draws, seed):
         va = _seed_means(runs_a, w, rng)
-        d.append(va if runs_b is None else _seed_means(runs_b, w, rng) - va)
+        d.append(va if runs_b is None else _seed_means(runs_b, w, other) - va)
     return _interval(runs_a, runs_b, np.concatenate(d), level)
 
 # %% ../../nbs/metrics/02_significance.ipynb #34c78d3d

@@ -102,7 +102,10 @@ class FeatureCache:
     ):
         self.folder, self.store, self.fresh, self.read = Path(folder) if folder else None, {}, {}, set()
 
-    def get(self, tower, key):
+    def get(self,
+        tower: str,  # fingerprint of the vision tower
+        key,  # of the image
+    ):  # tensor or None
         "Features stored under `key` for the vision tower with fingerprint `tower`, or None."
         if self.folder and tower not in self.read:
             from safetensors.torch import load_file
@@ -111,7 +114,11 @@ class FeatureCache:
                 self.store.update({(tower, k): v for k, v in load_file(f).items()})
         return self.store.get((tower, key))
 
-    def put(self, tower, key, value):
+    def put(self,
+        tower: str,  # fingerprint of the vision tower
+        key,  # of the image
+        value: torch.Tensor,  # features
+    ):
         "Keep `value` under `key` for the vision tower with fingerprint `tower`."
         self.store[tower, key] = value
         if self.folder: self.fresh.setdefault(tower, {})[str(key)] = value.clone()
@@ -190,6 +197,7 @@ class Captioner(nn.Module):
         self.model, self.processor, self.tokenizer, self.template_, self.name = model, processor, processor.tokenizer, template, name
         self.virtual, self.tuned_by, self.cache = None, None, FeatureCache()
         self.vision_state = ""  # set by a method that switches its change of the vision tower on and off
+        self.train(model.training)  # or `caption`, which restores the mode it found, would leave dropout on
 
     @property
     def device(self): return next(self.model.parameters()).device
@@ -232,7 +240,9 @@ def train_state(self) -> dict:
     return {n: p.detach().cpu().clone() for n, p in self.named_parameters() if p.requires_grad}
 
 @method_of(Captioner)
-def load_train_state(self, state: dict):
+def load_train_state(self,
+    state: dict,  # name -> tensor
+):
     "Put back what `train_state` gave."
     own = {n: p for n, p in self.named_parameters() if p.requires_grad}
     same_names(own, state)
@@ -260,7 +270,9 @@ Captioner.ends = property(_ends)
 
 def _each(prompt, n):
     "One instruction per image."
-    return list(prompt) if isinstance(prompt, (list, tuple)) else [prompt] * n
+    if not isinstance(prompt, (list, tuple)): return [prompt] * n
+    if len(prompt) != n: raise ConfigError(f"{len(prompt)} instructions were given for {n} images", expected="one, or one for each image")
+    return list(prompt)
 
 # %% ../../nbs/models/00_captioner.ipynb #f92d31b4
 @method_of(Captioner)
@@ -279,13 +291,14 @@ def caption(self,
     self.eval(); out = [None] * len(images)
     cost = {p: len(self.template(p)) for p in set(prompts)}
     order = sorted(range(len(images)), key=lambda i: cost[prompts[i]])
-    for s in range(0, len(order), batch_size):
-        rows = order[s:s + batch_size]
-        batch = self.collate([{"image": images[i], "prompt": prompts[i]} for i in rows])
-        for i, ids in zip(rows, self._write(batch, max_new_tokens, num_beams)):
-            out[i] = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        if progress: progress(min(s + batch_size, len(order)))
-    self.train(was)
+    try:
+        for s in range(0, len(order), batch_size):
+            rows = order[s:s + batch_size]
+            batch = self.collate([{"image": images[i], "prompt": prompts[i]} for i in rows])
+            for i, ids in zip(rows, self._write(batch, max_new_tokens, num_beams)):
+                out[i] = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            if progress: progress(min(s + batch_size, len(order)))
+    finally: self.train(was)
     return out
 
 # %% ../../nbs/models/00_captioner.ipynb #41ee9f54
@@ -295,17 +308,20 @@ def log_prob(self,
     images,  # images, records, or features from `encode`
     captions: list,  # one caption for each image
     prompt: str|list|None = None,  # instruction, or one for each image
-    batch_size: int = 64,
+    batch_size: int = 64,  # captions at once
 ) -> tuple:  # (sum of log probabilities (N,), number of tokens (N,))
     "How probable given captions are, the end token included."
+    images = images if isinstance(images, list) or hasattr(images, "__len__") else [images]
+    if len(images) != len(captions): raise ConfigError(f"{len(captions)} captions were given for {len(images)} images", expected="one for each image")
     prompts, was = _each(prompt, len(captions)), self.training
     self.eval(); total, count = torch.zeros(len(captions)), torch.zeros(len(captions), dtype=torch.long)
-    for s in range(0, len(captions), batch_size):
-        rows = range(s, min(s + batch_size, len(captions)))
-        out = self(self.collate([{"image": images[i], "prompt": prompts[i], "caption": captions[i]} for i in rows]))
-        total.index_add_(0, s + out.rows.cpu(), -out.token_loss.float().cpu())
-        count.index_add_(0, s + out.rows.cpu(), torch.ones_like(out.rows.cpu()))
-    self.train(was)
+    try:
+        for s in range(0, len(captions), batch_size):
+            rows = range(s, min(s + batch_size, len(captions)))
+            out = self(self.collate([{"image": images[i], "prompt": prompts[i], "caption": captions[i]} for i in rows]))
+            total.index_add_(0, s + out.rows.cpu(), -out.token_loss.float().cpu())
+            count.index_add_(0, s + out.rows.cpu(), torch.ones_like(out.rows.cpu()))
+    finally: self.train(was)
     return total, count
 
 # %% ../../nbs/models/00_captioner.ipynb #427368f6

@@ -38,7 +38,7 @@ class slots_in:
         if E.ndim != 3 or E.shape[1] < self.slots.shape[1] or E.shape[0] % self.slots.shape[0]: return E
         s = self.slots.to(E.device).repeat_interleave(E.shape[0] // self.slots.shape[0], 0)
         s = nn.functional.pad(s, (0, E.shape[1] - s.shape[1]), value=-1)  # (B·beams, T)
-        return torch.where((s >= 0)[..., None], self.rows.to(E.device, E.dtype)[s.clamp(min=0)], E)
+        return torch.where((s >= 0)[..., None], nn.functional.embedding(s.clamp(min=0), self.rows.to(E.device, E.dtype)), E)
 
 # %% ../../nbs/models/02_generic.ipynb #80303143
 class HFCaptioner(Captioner):

@@ -82,9 +82,16 @@ class LlavaCaptioner(Captioner):
     def projector(self): return self.model.model.multi_modal_projector
     @property
     def frozen_vision(self): return not any(p.requires_grad for p in self.tower.parameters())
+    @property
+    def _chunk(self):
+        "Images the tower sees at once: on a CPU always as many, so that features do not depend on their company in the last bit."
+        if self.device.type != "cpu": return None
+        return 16 if sum(p.numel() for p in self.tower.parameters()) < 20_000_000 else 1
 
-    def pixels(self, images) -> torch.Tensor:
-        "Images as the vision tower reads them, (B, 3, H, W)."
+    def pixels(self,
+        images,  # images or records
+    ) -> torch.Tensor:  # (B, 3, H, W)
+        "Images as the vision tower reads them."
         images = pictures(images)
         if any(isinstance(im, torch.Tensor) for im in images):
             raise ConfigError("stored features were given, but images are needed because the vision tower is being trained",
@@ -101,10 +108,17 @@ class LlavaCaptioner(Captioner):
         return torch.cat([states[l][:, cut:] for l in layers], dim=-1)
 
 # %% ../../nbs/models/01_llava.ipynb #42140042
+def probe(
+    module: nn.Module,  # any
+) -> tuple:  # one number a tensor
+    "Sums over a few weights of each tensor: a training step changes them."
+    with torch.no_grad(): return tuple(torch.stack([p.reshape(-1)[::p.numel()//64 + 1].double().sum() for p in module.parameters()]).tolist())
+
 @method_of(LlavaCaptioner)
 def tower_print(self) -> str:
     "Fingerprint of the vision tower, computed anew only when a weight was written."
     now = [(p.data_ptr(), p._version) for p in self.tower.parameters()]
+    if not self.frozen_vision: now.append(probe(self.tower))  # fused optimisers write without raising the version
     if now != self._seen: self._seen, self._print = now, fingerprint(self.tower)
     return self._print
 
@@ -113,7 +127,7 @@ def tower_print(self) -> str:
 def encode(self,
     images,  # images or records (or features, which are passed through)
     keys: list|None = None,  # names under which to keep the features; None: a hash of the pixels
-    batch_size: int = 128,
+    batch_size: int = 128,  # images at once on a GPU
 ) -> torch.Tensor:  # (N, V, d_v)
     "Vision features before the projector, from the cache where it has them."
     if isinstance(images, torch.Tensor): return images if images.ndim == 3 else images[None]
@@ -123,11 +137,16 @@ def encode(self,
         if key is None and out[i] is None: images[i] = pictures([images[i]])[0]; keys[i] = image_key(images[i])
     out = [self.cache.get(tower, k) if o is None else o for k, o in zip(keys, out)]
     todo = [i for i, o in enumerate(out) if o is None]
-    for s in range(0, len(todo), batch_size):
-        rows = todo[s:s + batch_size]
-        found = self.vision_features(self.pixels([images[i] for i in rows])).float().cpu()
+    size, was = self._chunk or batch_size, self.tower.training
+    self.tower.eval()  # what is kept must not hold dropout
+    for s in range(0, len(todo), size):
+        rows = todo[s:s + size]
+        pixels = self.pixels([images[i] for i in rows])
+        if self._chunk: pixels = torch.cat([pixels, pixels[-1:].expand(size - len(rows), -1, -1, -1)])
+        found = self.vision_features(pixels).float().cpu()
         for i, v in zip(rows, found):
             out[i] = v.clone(); self.cache.put(tower, keys[i], out[i])
+    self.tower.train(was)
     if todo: self.cache.flush()
     return torch.stack(out) if out else torch.zeros(0)
 
@@ -138,11 +157,12 @@ def prompt_ids(self,
 ) -> tuple:  # (token ids, slots: index of the learned row at each position, -1 for none)
     "The prompt's tokens with the image expanded, and where virtual tokens stand."
     ask = self.template_.instruction if instruction is None else instruction
-    key = (ask, self.virtual)
+    text, v = self.template(ask), self.virtual
+    key = (text, ask, v if v is None else (v.instruction, v.where, v.n))
     if key not in self._prompts:
-        ids = self.tokenizer(self.template(ask))["input_ids"]
+        ids = self.tokenizer(text)["input_ids"]
         if ids.count(self.image_id) != 1:
-            raise ConfigError("the prompt must name the image once", where=repr(self.template(ask)), expected="one <image>", do="change the template or the instruction")
+            raise ConfigError("the prompt must name the image once", where=repr(text), expected="one <image>", do="change the template or the instruction")
         at = ids.index(self.image_id)
         ids = ids[:at] + [self.image_id] * self.visual_tokens + ids[at + 1:]
         source, slots = self.virtual.place(ids, ask) if self.virtual is not None else (range(len(ids)), [-1] * len(ids))
@@ -183,7 +203,8 @@ def embed_inputs(self,
     E = E.masked_scatter((ids == self.image_id)[..., None], self.projector(v).to(E.dtype))
     if self.virtual is None or "slots" not in batch: return E
     slots, P = batch["slots"].to(self.device), self.virtual.rows().to(E.dtype)  # (B, T), (n, d)
-    return torch.where((slots >= 0)[..., None], P[slots.clamp(min=0)], E)
+    rows = nn.functional.embedding(slots.clamp(min=0), P)  # P[slots] would add up its gradient in the order in which threads come
+    return torch.where((slots >= 0)[..., None], rows, E)
 
 @method_of(LlavaCaptioner)
 def lm_head_input(self,

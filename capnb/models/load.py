@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..core.errors import ConfigError
+from ..core.files import read_json
 from ..core.registry import Registry
 from .captioner import Captioner, Template, method_of
 from .generic import HFCaptioner
 from .llava import LlavaCaptioner
 
 # %% ../../nbs/models/05_load.ipynb #0c4c9660
-BASES = Registry("base", {"tiny": "capnb.models.tiny:load_tiny"}, "capnb.bases")  # name -> function giving a captioner
+BASES = Registry("base", {"tiny": "capnb.models.tiny:load_tiny", "tiny@1": "capnb.models.tiny:load_tiny"}, "capnb.bases")  # name -> function giving a captioner
 
 # %% ../../nbs/models/05_load.ipynb #942348e5
 @contextmanager
@@ -60,6 +61,12 @@ def _look(folder, allow_pickle):
         expected="model.safetensors", do="convert it with save_pretrained on a machine you trust, or pass allow_pickle=True")
     raise ConfigError("this folder has no weights", where=folder, expected="model.safetensors", do="copy all files of the model")
 
+def _saved(file):
+    "Name and template that `save` wrote."
+    saved = read_json(file)
+    try: Template(**saved.get("template", {})); return saved
+    except (TypeError, AttributeError) as e: raise ConfigError(f"this file does not describe a captioner: {e}", where=file, do="delete it: the model's own template is used then") from e
+
 def _offline_folder(name):
     "Where a model of this name was downloaded to earlier; the network is not asked."
     from huggingface_hub import snapshot_download
@@ -73,7 +80,7 @@ def _from_pretrained(name, allow_pickle, dtype):
     try:
         with quiet(): model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=None if allow_pickle else True, dtype=dtype)
         return model.eval(), AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as e:
+    except Exception as e:  # what a damaged file raises is the business of its reader
         why = str(e).strip().split("\n")[0]
         raise ConfigError(f"cannot load a captioner: {why}", where=name, expected="an image-text-to-text model with a processor", do="check the name and the files") from e
 
@@ -87,13 +94,16 @@ def load_captioner(
 ) -> Captioner:
     "The captioner for `base`."
     if isinstance(base, Captioner): return base
-    if isinstance(base, str) and base in BASES: return BASES.load(base)()
+    if isinstance(base, str) and base in BASES:
+        captioner = BASES.load(base)().to(dtype)
+        if template is not None: captioner.template_ = template
+        return captioner
     name, saved = type(base).__name__, {}
     if isinstance(base, (str, Path)):
         folder, name = Path(base).expanduser(), str(base)
         if folder.is_dir():
             _look(folder, allow_pickle); name = folder.name
-            if (folder / "captioner.json").is_file(): saved = json.loads((folder / "captioner.json").read_text(encoding="utf-8"))
+            if (folder / "captioner.json").is_file(): saved = _saved(folder / "captioner.json")
         elif os.sep in name and (name.startswith((os.sep, ".", "~")) or name.count("/") != 1):
             raise ConfigError("there is no such folder", where=name, do="check the path")
         elif "/" not in name: raise ConfigError(f"there is no base called {name!r}", expected=f"one of {BASES.names()}, a folder, or owner/model")

@@ -42,10 +42,11 @@ def difference(
     a:list, # `Measure` of A, one for each seed
     b:list, # `Measure` of B, one for each seed
     draws:int=1000, # bootstrap draws
-    seed:int=0 # of the draws
+    seed:int=0, # of the draws
+    together:bool=False # run k of both is one training: the same runs are drawn on both sides
 )->Difference: # A minus B
     "Two-level bootstrap of the difference between the means of `a` and of `b`"
-    x = two_level(b, a, draws, seed=seed)
+    x = two_level(b, a, draws, seed=seed, together=together)
     va,vb = ([float(m.value) for m in r] for r in (a, b))
     return Difference(x.value, x.low, x.high, x.opposite, float(np.mean(va)), float(np.mean(vb)), len(a), tuple(va))
 
@@ -74,7 +75,8 @@ def perplexity_ratio(
 )->Difference: # value, low, high are ratios; a, b and spread perplexities
     "Perplexity under the tuned model over that under the base"
     d = difference(a, [b])
-    return Difference(*map(math.exp, (d.value, d.low, d.high)), d.opposite, math.exp(d.a), math.exp(d.b), d.seeds, tuple(map(math.exp, d.spread)))
+    exp = lambda v: math.exp(min(v, 700.)) # a diverged run: e^700 is beyond measure already
+    return Difference(*map(exp, (d.value, d.low, d.high)), d.opposite, exp(d.a), exp(d.b), d.seeds, tuple(map(exp, d.spread)))
 
 # %% ../../nbs/study/02_answer.ipynb #029b65ca
 @dataclass
@@ -225,7 +227,7 @@ def _row(study, method, base, data, metrics):
     against = lambda d,m: _versus(measures(runs, d, m), measures(base, d, m))
     row = dict(method=method, label=label(method), seeds=len(runs), gained={m:against(data['target'], m) for m in metrics},
         kept={d:{m:against(d, m) for m in metrics} for d in data['kept']},
-        gaps={c:_versus(measures(runs, data['target'], metrics[0]), measures(runs, c, metrics[0])) for c in ('shuffled','constant')} if metrics else {})
+        gaps={c:_versus(measures(runs, data['target'], metrics[0]), measures(runs, c, metrics[0]), together=True) for c in ('shuffled','constant')} if metrics else {})
     row['perplexity'] = _own(runs, base)
     near = [r['study'].get('nearest') or {} for r in runs]
     row['nearest'] = {k:float(np.mean([n[k] for n in near])) for k in ('verbatim','bm25','tuple_overlap') if all(n.get(k) for n in near)}
@@ -234,9 +236,9 @@ def _row(study, method, base, data, metrics):
     return row
 
 # %% ../../nbs/study/02_answer.ipynb #19e3a293
-def _versus(a, b):
+def _versus(a, b, **kw):
     "The difference, or None where one side was not computed"
-    return None if a is None or b is None else difference(a, b)
+    return None if a is None or b is None else difference(a, b, **kw)
 
 def _own(runs, base):
     "Perplexity ratio of `runs` against `base`, or None"

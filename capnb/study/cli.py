@@ -97,11 +97,12 @@ def study_command(
     p.add_argument('--seeds', type=int, metavar='N', help=f"seeds of each trained method (default: {full['seeds']}; quick: {quick['seeds']})")
     p.add_argument('--out', default='study', metavar='DIR', help='folder of results and report (default: study)')
     p.add_argument('--quick', action='store_true', help='small sets and one seed: a look at the whole line in about a minute')
-    p.add_argument('--adapter', dest='adapters', action='append', default=[], metavar='PATH', help='adapter trained elsewhere, evaluated without training; may be repeated')
+    p.add_argument('--adapter', dest='adapters', nargs='+', action='extend', default=[], metavar='PATH', help='adapters trained elsewhere, evaluated without training')
     for name in ('train-images','test-images','steps','batch-size','max-epochs','folds','samples','max-new-tokens'): p.add_argument('--'+name, type=int, metavar='N')
     p.add_argument('--prompt', metavar='TEXT', help="instruction given to the captioner (default: to describe the image in one sentence; '' for its own)")
     p.add_argument('--metrics', nargs='+', metavar='M', help='metrics (default: all that can run here)')
     p.add_argument('--lr', action='append', default=[], metavar='METHOD=RATE', help='learning rate of a method; may be repeated')
+    p.add_argument('--skip-bad', action='store_true', help='leave out and count bad records instead of stopping at the first')
     return study
 
 # %% ../../nbs/study/07_cli.ipynb #3acfcc4d
@@ -115,22 +116,32 @@ def plan_of(
         method,_,value = item.partition('=')
         try: rates[method] = float(value)
         except ValueError: raise CapnbError(f'--lr {item} is not a learning rate', expected='METHOD=RATE, for example lora=0.001') from None
-    if given.get('metrics'): given['metrics'] = tuple(m for x in given['metrics'] for m in x.split(',') if m)
+    if given.get('metrics'): given['metrics'] = tuple(_listed(given['metrics']))
     return Plan(**{**given, 'adapters':tuple(args.adapters), 'learning_rates':rates})
 
-def study(args):
+def study(
+    args # parsed arguments
+): # exit code; None is 0
     "Run a study and say where the report is"
     plan = plan_of(args)
+    from capnb.study.answer import read_study
     from capnb.study.run import run_study
     print(f'report: {run_study(plan)}')
+    failed = [r['study']['name'] for r in read_study(plan.out).failed]
+    if failed: print(f"capnb: failed: {', '.join(failed)}. The report says why.", file=sys.stderr)
+    return 1 if failed else 0
 
 # %% ../../nbs/study/07_cli.ipynb #de1c0751
-def report_command(p):
+def report_command(
+    p # parser of the sub-command
+): # function of the parsed arguments
     "Arguments of `capnb report`"
     p.add_argument('folder', metavar='DIR', help='folder of a study')
     return report
 
-def report(args):
+def report(
+    args # parsed arguments
+): # exit code; None is 0
     "Write the report of a folder again"
     from capnb.study.report import write_report
     print(f'report: {write_report(args.folder)}')
@@ -145,9 +156,11 @@ def read_captions(
     rows = read_lines(path) if str(path).endswith('.jsonl') else read_json(path)
     if isinstance(rows, dict) and 'annotations' in rows: rows = rows['annotations']
     if isinstance(rows, dict): return {str(k):v for k,v in rows.items()}
+    if not isinstance(rows, list): raise CapnbError('These are no captions', where=path, expected='[{"image_id": ..., "caption": ...}] or {id: caption}')
     out = {}
     for n,r in enumerate(rows, 1):
         if not isinstance(r, dict) or 'image_id' not in r or 'caption' not in r: raise CapnbError('This is no caption', where=f'{path}, entry {n}', expected='{"image_id": ..., "caption": ...}')
+        if not many and str(r['image_id']) in out: raise CapnbError(f"The image {r['image_id']!r} has two candidate captions", where=f'{path}, entry {n}')
         if many: out.setdefault(str(r['image_id']), []).append(r['caption'])
         else: out[str(r['image_id'])] = r['caption']
     return out
@@ -164,16 +177,22 @@ def _scores(path, args):
     refs,said = read_captions(args.references, many=True),read_captions(path)
     left = len(set(refs)-set(said))
     if left: print(f'{left} images of the references have no caption in {path} and are left out', file=sys.stderr)
-    return score_captions(said, {i:r for i,r in refs.items() if i in said}, args.metrics)
+    return score_captions(said, {i:r for i,r in refs.items() if i in said}, _listed(args.metrics))
+
+def _listed(names): return names and [m for x in names for m in x.split(',') if m]
 
 # %% ../../nbs/study/07_cli.ipynb #bce08bc1
-def score_command(p):
+def score_command(
+    p # parser of the sub-command
+): # function of the parsed arguments
     "Arguments of `capnb score`"
     p.add_argument('candidates', metavar='CANDIDATES', help='captions to be scored')
     _score_arguments(p)
     return score
 
-def score(args):
+def score(
+    args # parsed arguments
+): # exit code; None is 0
     "Print scores with intervals"
     s = _scores(args.candidates, args)
     spans = s.intervals()
@@ -181,14 +200,18 @@ def score(args):
     for k,v in s.corpus.items(): print(f'{k:14} {v:8.4f}' + (f'   [{spans[k].low:.4f}, {spans[k].high:.4f}]' if k in spans else ''))
 
 # %% ../../nbs/study/07_cli.ipynb #90defaea
-def compare_command(p):
+def compare_command(
+    p # parser of the sub-command
+): # function of the parsed arguments
     "Arguments of `capnb compare`"
     p.add_argument('before', metavar='BEFORE', help='captions of one system')
     p.add_argument('after', metavar='AFTER', help='captions of the other, of the same images')
     _score_arguments(p)
     return compare_captions
 
-def compare_captions(args):
+def compare_captions(
+    args # parsed arguments
+): # exit code; None is 0
     "Print differences with intervals"
     from capnb.metrics.scores import compare
     a,b = _scores(args.before, args),_scores(args.after, args)
@@ -206,13 +229,17 @@ def data_summary(
     return dict(images=len(data), captions=len(captions), captions_per_image=round(len(captions)/max(len(data), 1), 2), words_per_caption=round(sum(lengths)/max(len(lengths), 1), 1),
                 distinct_words=len({w for c in captions for w in words(c)}), domains=data.domains, skipped=str(data.skipped) if data.skipped else 'none')
 
-def data_command(p):
+def data_command(
+    p # parser of the sub-command
+): # function of the parsed arguments
     "Arguments of `capnb data`"
     p.add_argument('spec', metavar='SPEC', help='scenes | coco:CAPTIONS.json:IMAGES | folder:PATH')
     p.add_argument('--skip-bad', action='store_true', help='leave out and count bad records instead of stopping at the first')
     return data
 
-def data(args):
+def data(
+    args # parsed arguments
+): # exit code; None is 0
     "Say what is in a dataset"
     from capnb.data.load import load_data
     found = load_data(args.spec, on_error='skip' if args.skip_bad else 'raise')
@@ -220,14 +247,21 @@ def data(args):
     for i in range(min(3, len(found))): print(f"  {found.ids[i]}: {(found.captions(i) or ['(no caption)'])[0]}")
 
 # %% ../../nbs/study/07_cli.ipynb #d0b61060
-def doctor_command(p):
-    "Arguments of `capnb doctor` (none)"
+def doctor_command(
+    p # parser of the sub-command
+): # function of the parsed arguments
+    "Arguments of `capnb doctor`"
+    p.add_argument('--deep', action='store_true', help='also start everything once: torchvision, Java, the spaCy model, the shipped base')
     return doctor_report
 
-def doctor_report(args=None):
+def doctor_report(
+    args=None # parsed arguments; None: no deep look
+)->int: # 1 if something needed is missing
     "Print what is installed and what is missing"
     from capnb.core.doctor import doctor, format_doctor
-    print(format_doctor(doctor()))
+    checks = doctor(deep=getattr(args, 'deep', False))
+    print(format_doctor(checks))
+    return int(any(c.needed and not c.ok for c in checks))
 
 # %% ../../nbs/study/07_cli.ipynb #b850cf0f
 def copy_notebooks(
@@ -235,20 +269,26 @@ def copy_notebooks(
     source=None # folder of the notebooks; None: those of the installed package
 )->list: # paths written
     "Copy the tutorial notebooks; a notebook that is there already is left alone"
+    from capnb.core.files import atomic_write
     source,folder = Path(source or Path(capnb.__file__).parent/'notebooks'),Path(folder)
     found = sorted(source.glob('*.ipynb')) if source.is_dir() else []
     if not found: raise CapnbError('This installation has no tutorial notebooks', where=source, do="pip install --force-reinstall capnb")
+    if folder.exists() and not folder.is_dir(): raise CapnbError('This is a file', where=folder, expected='a folder to copy into')
     folder.mkdir(parents=True, exist_ok=True)
     new = [n for n in found if not (folder/n.name).exists()]
-    for n in new: (folder/n.name).write_bytes(n.read_bytes())
+    for n in new: atomic_write(folder/n.name, n.read_bytes())
     return [folder/n.name for n in new]
 
-def notebooks_command(p):
+def notebooks_command(
+    p # parser of the sub-command
+): # function of the parsed arguments
     "Arguments of `capnb notebooks`"
     p.add_argument('folder', metavar='DIR', help='folder to copy into')
     return notebooks
 
-def notebooks(args):
+def notebooks(
+    args # parsed arguments
+): # exit code; None is 0
     "Copy the tutorial notebooks and say which"
     done = copy_notebooks(args.folder)
     print('\n'.join(map(str, done)) if done else f'All tutorial notebooks are in {args.folder} already; they were left alone.')

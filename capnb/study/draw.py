@@ -124,9 +124,7 @@ def tradeoff(
     said = '; '.join(f"{p['label']} {p['x'][0]:+.2f} and {p['y'][0]:+.2f}" for p in points)
     ax = Axes(xs, ys, xlabel, ylabel, f'{xlabel} against {ylabel}: {said}')
     for p in points: _point(ax, p)
-    for p,y in zip(points, _apart([ax.y(p['y'][0])-9 for p in points], [ax.x(p['x'][0]) for p in points])):
-        right = ax.x(p['x'][0])<W*.66
-        ax.text(ax.x(p['x'][0])+(9 if right else -9), y, p['label'], 'start' if right else 'end', f'fill="{p["colour"]}" font-weight="600" class="halo"')
+    for p,(x,y) in zip(points, _names(ax, points)): ax.text(x, y, p['label'], 'start', f'fill="{p["colour"]}" font-weight="600" class="halo"')
     return ax.svg()
 
 # %% ../../nbs/study/03_draw.ipynb #d96844cd
@@ -138,15 +136,25 @@ def _point(ax, p):
         ax.line([(x0,y), (x1,y)], c, 1.5, .8); ax.line([(x,y0), (x,y1)], c, 1.5, .8)
     ax.add(marker(p['shape'], ax.x(x), ax.y(y), 5, c))
 
-def _apart(ys, xs, gap=14):
-    "Heights of labels, moved until those that are near each other sideways do not overlap"
-    placed = []
-    for i in sorted(range(len(ys)), key=lambda i: ys[i]):
-        y = ys[i]
-        for j,other in sorted(placed, key=lambda p: p[1]):
-            if abs(xs[i]-xs[j])<110 and abs(y-other)<gap: y = other+gap
-        placed.append((i, y))
-    return [y for _,y in sorted(placed)]
+def _common(a, b):
+    "Area that two rectangles (left, top, right, bottom) share"
+    return max(0, min(a[2], b[2])-max(a[0], b[0]))*max(0, min(a[3], b[3])-max(a[1], b[1]))
+
+def _names(ax, points, letter=7.6):
+    "Where each label starts: beside its mark, where it covers the least of marks, bars, seeds and other labels"
+    spots = [(ax.x(a), ax.y(b)) for p in points for a,b in [(p['x'][0], p['y'][0]), *p['seeds']]]
+    taken = [(a-6, b-6, a+6, b+6) for a,b in spots] + [_bar(ax, p) for p in points if all(map(math.isfinite, p['x']))]
+    out = []
+    for p in points:
+        x,y,w = ax.x(p['x'][0]), ax.y(p['y'][0]), letter*len(p['label'])
+        places = [(x+dx, y+dy) for dy in (-9, 19, -25, 35, -41) for dx in (9, -9-w, -w/2)]
+        boxes = [(a, b-11, a+w, b+3) for a,b in places]
+        cost = [sum(_common(box, t) for t in taken) + w*14 - _common(box, (LEFT, TOP, W, H-BOTTOM)) for box in boxes]
+        best = cost.index(min(cost))
+        out.append(places[best]); taken.append(boxes[best])
+    return out
+
+def _bar(ax, p): return ax.x(p['x'][1]), ax.y(p['y'][0])-2, ax.x(p['x'][2]), ax.y(p['y'][0])+2
 
 # %% ../../nbs/study/03_draw.ipynb #1d3d39fd
 def curves(

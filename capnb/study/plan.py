@@ -46,7 +46,7 @@ class Plan:
     quick:bool=False # small sizes, one seed
     adapters:tuple=() # folders of adapters trained elsewhere, evaluated without training
     train_images:int=None # captioned images to train on, at most
-    test_images:int=None # images of each test domain, at most
+    test_images:int=None # images of each test domain, at most; data of fewer than four times as many are tested whole, in folds
     steps:int=None # optimiser steps, at most
     batch_size:int=32 # image-caption pairs in a step
     max_epochs:int=10 # passes over the training pairs, at most
@@ -57,6 +57,7 @@ class Plan:
     max_new_tokens:int=40 # longest caption in tokens
     folds:int=5 # folds for data that come without a test split
     samples:int=None # images shown side by side in the report
+    skip_bad:bool=False # leave out and count bad records instead of stopping at the first
 
     def __post_init__(self):
         for k,v in SIZES['quick' if self.quick else 'full'].items():
@@ -64,12 +65,12 @@ class Plan:
         _check(self)
 
 # %% ../../nbs/study/00_plan.ipynb #57315197
-_WHOLE = ('seeds','train_images','test_images','steps','batch_size','max_epochs','folds','samples')
+_WHOLE = dict(seeds=1, train_images=1, test_images=2, steps=1, batch_size=1, max_epochs=1, folds=2, samples=1, max_new_tokens=1) # smallest values
 
 def _check(plan):
     "Raise `ConfigError` for a setting of `plan` that cannot be meant"
-    for k in _WHOLE:
-        v,low = getattr(plan, k), 2 if k=='folds' else 1
+    for k,low in _WHOLE.items():
+        v = getattr(plan, k)
         if isinstance(v, bool) or not isinstance(v, int) or v<low:
             raise ConfigError(f'{k} is {v!r}', where=k, expected=f'a whole number, {low} or more')
     for k in ('data','base','out'):
@@ -82,9 +83,12 @@ def _check(plan):
     for a in plan.adapters:
         if not Path(a).exists(): raise ConfigError('There is no such adapter', where=a, expected='a folder written by peft or by capnb')
     object.__setattr__(plan, 'methods', parse_methods(plan.methods))
+    if isinstance(plan.metrics, str): object.__setattr__(plan, 'metrics', plan.metrics.replace(',', ' ').split())
     if plan.metrics is not None: object.__setattr__(plan, 'metrics', tuple(plan.metrics))
 
 # %% ../../nbs/study/00_plan.ipynb #ca0c0f01
+def _plain(text): return ''.join(c if c.isalnum() or c in '-_' else '-' for c in text)
+
 @dataclass(frozen=True)
 class Run:
     "One cell of a study: `method` at `seed`, or an adapter that is only evaluated"
@@ -95,7 +99,7 @@ class Run:
     @property
     def name(self)->str: # used for files
         "Short name without odd characters"
-        safe = ''.join(c if c.isalnum() or c in '-_' else '-' for c in self.method)
+        safe = _plain(self.method)
         return safe if self.method=='zero_shot' or self.adapter else f'{safe}-seed{self.seed}'
 
 # %% ../../nbs/study/00_plan.ipynb #4247bc6d
@@ -109,16 +113,18 @@ def planned_runs(
 
 # %% ../../nbs/study/00_plan.ipynb #0489f591
 def _short_names(paths):
-    "The last part of each path, numbered where two are alike"
-    names,seen = [],{}
+    "The last part of each path, numbered where two would give the same file names"
+    names = []
     for p in paths:
-        n = Path(p).name or Path(p).resolve().name; seen[n] = seen.get(n, 0)+1
-        names.append(n if seen[n]==1 else f'{n}-{seen[n]}')
+        first = name = _plain(Path(p).name or Path(p).resolve().name)
+        k = 1
+        while name in names: k += 1; name = f'{first}-{k}'
+        names.append(name)
     return names
 
 # %% ../../nbs/study/00_plan.ipynb #97308ddc
 SCHEMA = 1
-_SHAPES = ('data','base','quick','train_images','test_images','steps','batch_size','max_epochs','metrics','prompt','max_new_tokens','folds','samples')
+_SHAPES = ('data','base','quick','train_images','test_images','steps','batch_size','max_epochs','metrics','prompt','max_new_tokens','folds','samples','skip_bad')
 
 def fingerprint(
     plan:Plan, # what is asked

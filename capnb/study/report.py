@@ -102,7 +102,7 @@ def _control_rows(study, s, metrics, near):
 def _table_note(s):
     "What the numbers mean, below the table"
     return ('<figcaption style="margin-top:.7rem;font-weight:400;color:var(--soft)">Bold: mean over images and seeds. Precision: share of the statements in a caption that are true of the image. Copied: word for word a training caption. Below: difference from zero-shot with its 95 % interval (paired bootstrap over images and seeds; with few seeds it is a rough guide); '
-            'grey where the interval holds zero. Own-caption perplexity: how unlikely the captions that the base wrote on source images have become; lower is better, the ratio is 1 where nothing changed. '
+            'grey where the interval holds zero. Own-caption perplexity: how unlikely the captions that the base itself wrote have become; lower is better, the ratio is 1 where nothing changed. '
             'The rows in italics do not see the image. <i>Which data</i> is a look-up of the nearest training captions, a baseline and not an attribution.</figcaption>')
 
 # %% ../../nbs/study/04_report.ipynb #d23b6d8e
@@ -206,9 +206,12 @@ def command(
     parts = ['capnb','study','--data',plan['data'],'--base',plan['base'],'--methods',*plan['methods'],'--seeds',plan['seeds'],'--out',out]
     if plan.get('quick'): parts.append('--quick')
     usual = Plan(quick=bool(plan.get('quick')))
-    for k in ('train_images','test_images','steps','batch_size','folds','samples','prompt','max_new_tokens'):
+    for k in ('train_images','test_images','steps','batch_size','max_epochs','folds','samples','prompt','max_new_tokens'):
         if plan.get(k) is not None and plan[k]!=getattr(usual, k): parts += ['--'+k.replace('_', '-'), plan[k]]
-    for a in plan.get('adapters') or (): parts += ['--adapter', a]
+    if plan.get('metrics'): parts += ['--metrics', *plan['metrics']]
+    for m,lr in (plan.get('learning_rates') or {}).items(): parts += ['--lr', f'{m}={lr}']
+    if plan.get('adapters'): parts += ['--adapter', *plan['adapters']]
+    if plan.get('skip_bad'): parts.append('--skip-bad')
     return shlex.join(map(str, parts))
 
 # %% ../../nbs/study/04_report.ipynb #53bcb116
@@ -230,13 +233,18 @@ def _bytes(n):
     return '–' if not n else f'{n/1e6:.1f} MB' if n>=1e5 else f'{n/1e3:.1f} kB'
 
 # %% ../../nbs/study/04_report.ipynb #6e7cb822
+def _metrics(study):
+    "What defines the values of the target's metrics"
+    s = study.done[-1]['study']['domains'].get('target', {}).get('scores', {}).get('settings', {})
+    return ', '.join(f'{k.replace("_", " ")}: {v}' for k,v in s.items() if isinstance(v, str) and k!='references') or '–'
+
 def _facts(study):
     "Plan and versions as a list of names and values"
     p,d,meta = study.plan['plan'],study.plan['data'],study.done[-1]['meta_info']
     system = meta.get('system_info') or {}
     versions = [f"{k.removesuffix('-version')} {v}" for k,v in (meta.get('package_info') or {}).items() if k.endswith('-version') and v]
     rows = {'data':p['data'], 'base':p['base'], 'training images':f"{d['train_images']:,} with {d.get('train_captions', 0):,} captions", 'test images':', '.join(f'{k} {v}' for k,v in d['domains'].items()),
-            'instruction':d.get('prompt') or 'the captioner’s own', 'metrics':', '.join(f'{k}: {v}' for k,v in (d.get('metric_settings') or {}).items()) or '–', 'versions':', '.join(versions) or '–',
+            'instruction':d.get('prompt') or 'the captioner’s own', 'metrics':_metrics(study), 'versions':', '.join(versions) or '–',
             'machine':' '.join(str(system[k]) for k in ('system','machine','accelerator') if system.get(k)) or '–', 'folds':d.get('folds')}
     return '<dl class="settings">' + ''.join(f'<dt>{esc(k)}</dt><dd>{esc(v)}</dd>' for k,v in rows.items() if v) + '</dl>'
 
@@ -298,7 +306,8 @@ def _when(study):
 # %% ../../nbs/study/04_report.ipynb #15f831db
 def _again(study):
     "How to get these numbers again"
-    n = len(study.plan['runs'])
-    return (f'{code(command(study.plan["plan"], study.folder.name))}<p>{len(study.done)} of {n} runs are finished. The command skips what is done and computes the rest; '
+    n,out = len(study.plan['runs']),study.plan['plan'].get('out') or study.folder.name
+    own = 'The settings that were given to single methods have no form on the command line: give them to <code>capnb.study.Plan</code>. ' if study.plan['plan'].get('settings') else ''
+    return (f'{code(command(study.plan["plan"], out))}<p>{own}{len(study.done)} of {n} runs are finished. The command skips what is done and computes the rest; '
             'the same seed gives the same table. Each run is one file in <code>results/</code>, its captions are in <code>captions/</code>, and this page is written from those files alone: '
-            f'<code>capnb report {esc(shlex.quote(study.folder.name))}</code>.</p>')
+            f'<code>capnb report {esc(shlex.quote(str(out)))}</code>.</p>')

@@ -6,11 +6,11 @@
 __all__ = ['Domain', 'StudySets', 'study_sets', 'stamp', 'Late', 'Pairs', 'sample_rows', 'store_samples']
 
 # %% ../../nbs/study/05_sets.ipynb #a5db3fe3
-import hashlib, json
+import hashlib, io, json, os
 from dataclasses import dataclass
 import numpy as np
 from ..core.errors import DataError
-from ..core.files import write_json
+from ..core.files import atomic_write, write_json
 from ..data.load import load_data
 from ..data.scenes import Scenes
 from .plan import Plan
@@ -59,7 +59,7 @@ def study_sets(
 )->StudySets: # training sets and test domains
     "The sets that `plan` asks for"
     if plan.data.split(':')[0].strip()=='scenes': train,target,name = _from_scenes(plan)
-    else: train,target,name = *_from_pile(load_data(plan.data), plan),'target'
+    else: train,target,name = *_from_pile(load_data(plan.data, **_care(plan)), plan),'target'
     k = len(train)
     domains = {'target':target}
     for d in ('source','near','out'):
@@ -67,6 +67,10 @@ def study_sets(
     return StudySets(train, domains)
 
 # %% ../../nbs/study/05_sets.ipynb #baadee8f
+def _care(plan):
+    "What is done about bad records"
+    return dict(on_error='skip', check_images=True) if plan.skip_bad else {}
+
 def _from_scenes(plan):
     "Training set and target of a `scenes` spec, and the name of its domain"
     train = load_data(plan.data, n=plan.train_images, split='train')
@@ -96,10 +100,16 @@ def stamp(
     h = hashlib.sha256()
     add = lambda x: h.update(json.dumps(x, ensure_ascii=False).encode())
     for t in sets.train:
-        add([str(i) for i in t.ids])
-        for i in np.unique(np.linspace(0, len(t)-1, 50).astype(int)): add(t.captions(int(i)))
-    for d in sets.domains.values(): add([d.name, d.ids, d.fold, [list(r.captions) for r in d.records[:50]]])
+        image = getattr(t.store, 'image', lambda row: None)
+        for j,i in enumerate(t.ids): add([str(i), list(t.captions(j)), _size(image(t.row(j)))])
+    for d in sets.domains.values():
+        add([d.name, d.fold])
+        for r in d.records: add([str(r.id), list(r.captions), _size(r.image)])
     return h.hexdigest()[:16]
+
+def _size(image):
+    "Bytes of an image file; None for what is no file"
+    return os.path.getsize(image) if isinstance(image, (str, os.PathLike)) and os.path.isfile(image) else None
 
 # %% ../../nbs/study/05_sets.ipynb #45c8b282
 class Late:
@@ -156,6 +166,8 @@ def store_samples(
             record,image = sets.domains[d].records[i], sets.domains[d].records[i].load_image()
             image.thumbnail((side, side))
             name = f"images/{d}-{i}.{'png' if max(image.size)<=128 else 'jpg'}"
-            image.save(folder/name, **({} if name.endswith('png') else dict(quality=85)))
+            picture = io.BytesIO()
+            image.save(picture, **(dict(format='png') if name.endswith('png') else dict(format='jpeg', quality=85)))
+            atomic_write(folder/name, picture.getvalue())
             out.append(dict(domain=d, id=sets.domains[d].ids[i], image=name, references=list(record.captions)))
     write_json(folder/'samples.json', out)

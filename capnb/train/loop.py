@@ -129,8 +129,10 @@ def _stop_bad(run, ids, what):
     run.opt.zero_grad()
     names = ', '.join(map(str, ids[:64])) + (f' and {len(ids) - 64} more' if len(ids) > 64 else '')
     kept = f'; the last good checkpoint is {run.saved}' if run.saved else ''
-    raise TrainingError(f'{what} in step {run.step + 1} of {run.total}, the weights are those before it', where=f'records {names}',
+    e = TrainingError(f'{what} in step {run.step + 1} of {run.total}, the weights are those before it', where=f'records {names}',
         expected='a finite number', do=f'look at these records, a lower lr, or a smaller clip{kept}')
+    e.records = list(ids)  # all of them, for programs
+    raise e
 
 # %% ../../nbs/train/04_loop.ipynb #9c94fae8
 def _one_step(run, pieces, stop):

@@ -17,7 +17,7 @@ from ..data.scenes import Scenes, scenes_hash
 from ..data.scene_oracle import read_caption
 from ..models.tiny import TINY, load_tiny, tiny_card
 from . import tiny_recipe
-from .tiny_parts import DenseHeads, new_tiny, tiny_tokenizer
+from .tiny_parts import new_tiny, tiny_tokenizer
 
 # %% ../../nbs/train/12_tiny_ship.ipynb #d7801a6d
 KINDS = ("object", "attribute", "count", "relation", "background")
@@ -92,12 +92,8 @@ def make_tiny(
     n:int=1000, # scenes a domain for the card's scores
 )->dict: # the card
     "Train `tiny` from nothing by the recipe."
-    folder, r = Path(folder), tiny_recipe.RECIPE
-    folder.mkdir(parents=True, exist_ok=True)
-    captioner, heads = new_tiny(tiny_tokenizer(r["vocabulary"], r["corpus"])), DenseHeads(r["width"])
-    captioner.tower.embeddings.patch_embedding.weight.data = tiny_recipe.principal_patches(r["width"])
-    for stage in ("see", "look", "obey"): tiny_recipe.run_stage(captioner, heads, stage, folder)
-    return ship_tiny(captioner, folder/"tiny-1", n=n)
+    captioner, _ = tiny_recipe.train_stages(folder)
+    return ship_tiny(captioner, Path(folder)/"tiny-1", n=n)
 
 # %% ../../nbs/train/12_tiny_ship.ipynb #8c7a9a90
 def train_tiny_command(

@@ -6,32 +6,96 @@
 __all__ = ['Adapter', 'load_adapter']
 
 # %% ../../nbs/tune/01_adapters.ipynb #fcf39444
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from ..core.errors import ConfigError
 from ..core.files import read_json
 from ..models.captioner import Captioner
 from ..models.load import load_captioner
-from .methods import METHODS, Full, PeftTuned, Prompt, Tuned, attach, no_future
+from .methods import METHODS, Full, PeftTuned, Prompt, Tuned, attach, no_future, tensors_of
 
-# %% ../../nbs/tune/01_adapters.ipynb #7830bbf4
+# %% ../../nbs/tune/01_adapters.ipynb #6380b062
+class Bare:
+    "A model's modules and biases as they were."
+    def __init__(self,
+        model,  # the base
+        biases: bool,  # will biases be trained in place?
+    ):
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.biases = {p: p.detach().clone() for n, p in model.named_parameters() if biases and n.endswith("bias")}
+        self.learned = {}
+
+    def restore(self):
+        "Put every module back where it was."
+        for name, m in self.modules.items():
+            parent, _, leaf = name.rpartition(".")
+            if name and getattr(self.modules[parent], leaf) is not m: setattr(self.modules[parent], leaf, m)
+        self.put(False)
+
+    def put(self, learned: bool):
+        "The learned biases, or those of the base."
+        if not self.learned: self.learned = {p: p.detach().clone() for p in self.biases}
+        with torch.no_grad():
+            for p, v in (self.learned if learned else self.biases).items(): p.copy_(v)
+
+# %% ../../nbs/tune/01_adapters.ipynb #44d70dbd
 class Adapter(PeftTuned):
     "An adapter that peft has saved, of any kind that sits inside layers."
     method, defaults = "peft", {"path": None}
 
     def _attach(self, path):
-        from peft import PeftModel, get_peft_model_state_dict
-        from safetensors.torch import load_file
+        from peft import PeftModel
         folder = Path(path)
-        with no_future(): model = PeftModel.from_pretrained(self.captioner.model, str(folder), is_trainable=True)
-        self._wrap(model)
-        have = get_peft_model_state_dict(model)
-        lost = [n for n, t in load_file(folder / "adapter_model.safetensors").items()
-                if n not in have or not torch.allclose(have[n].float().cpu(), t.float(), atol=1e-2, rtol=1e-2)]
-        if lost:
-            model.unload()
-            raise ConfigError(f"{len(lost)} tensors of the adapter have no place in this model", where=f"{folder}: {lost[0]}",
-                              expected=f"names such as {next(iter(have), 'none')}", do="load it on the base it was trained on")
+        settings, file = read_json(folder / "adapter_config.json"), tensors_of(folder / "adapter_model.safetensors")
+        self.__dict__["bare"] = Bare(self.captioner.model, settings.get("bias") not in (None, "none"))
+        self.__dict__["mixed"] = bool(self.bare.biases or settings.get("modules_to_save"))
+        try:
+            with no_future(): self._wrap(PeftModel.from_pretrained(self.captioner.model, str(folder), is_trainable=True))
+            self._arrived(file, folder)
+        except Exception as e:
+            self.bare.restore()
+            if isinstance(e, ConfigError): raise
+            raise ConfigError(f"this adapter does not fit: {str(e).strip().splitlines()[0]}", where=folder, do="load it on the base it was trained on") from e
+        self.bare.put(True)
+
+    def _arrived(self, file, folder):
+        "Every tensor of the file is in the model, and every tensor of the adapter comes from the file."
+        from peft import get_peft_model_state_dict
+        have = get_peft_model_state_dict(self.peft)
+        lost = [n for n, t in file.items() if n not in have or not torch.allclose(have[n].float().cpu(), t.float(), atol=1e-2, rtol=1e-2)]
+        if lost: raise ConfigError(f"{len(lost)} tensors of the adapter have no place in this model", where=f"{folder}: {lost[0]}",
+                                   expected=f"names such as {next(iter(have), 'none')}", do="load it on the base it was trained on")
+        new = [n for n in have if n not in file]
+        if new: raise ConfigError(f"the adapter lacks {len(new)} tensors that this model needs", where=f"{folder}: {new[0]}", do="load it on the base it was trained on")
+
+# %% ../../nbs/tune/01_adapters.ipynb #58cc14c7
+@contextmanager
+def no_warning():
+    "Without peft's word that biases stay: here they do not."
+    with warnings.catch_warnings(): warnings.simplefilter("ignore", UserWarning); yield
+
+@contextmanager
+def _off(self):
+    "The base: peft calls the untouched layers, and biases are those of the base."
+    with self._vision("off"), no_warning(), self.peft.disable_adapter():
+        if self.bare.biases: self.bare.put(False)
+        try: yield self
+        finally:
+            if self.bare.biases and self.alpha: self.bare.put(True)
+
+def _scale(self, alpha):
+    "Whole layers and biases know only 0 and 1."
+    if not self.mixed: return PeftTuned.scale(self, alpha)
+    if alpha not in (0, 1): raise ConfigError("whole layers and biases have no straight line to the base", where="alpha", expected="0 or 1")
+    with no_warning(): (self.peft.base_model.enable_adapter_layers if alpha else self.peft.base_model.disable_adapter_layers)()
+    self.bare.put(bool(alpha)); self.alpha = float(alpha)
+    return self
+
+def _detach(self): PeftTuned._detach(self); self.bare.restore()
+
+Adapter.off, Adapter.scale, Adapter._detach = _off, _scale, _detach
 
 # %% ../../nbs/tune/01_adapters.ipynb #3e853717
 def _soft_prompt(captioner, folder, config):
@@ -40,8 +104,7 @@ def _soft_prompt(captioner, folder, config):
     if kind not in ("PROMPT_TUNING", "P_TUNING"):
         raise ConfigError(f"adapters of the kind {kind} are not read", where=folder, expected="prompt tuning, P-tuning, or a kind that sits inside layers",
                           do="their keys and values belong to peft's own wrapper, which some families ignore when they generate")
-    from safetensors.torch import load_file
-    rows = load_file(folder / "adapter_model.safetensors").get("prompt_embeddings")
+    rows = tensors_of(folder / "adapter_model.safetensors").get("prompt_embeddings")
     d = captioner.model.get_input_embeddings().weight.shape[1]
     if rows is None or rows.ndim != 2 or rows.shape[1] != d:
         raise ConfigError("this learned prompt does not fit", where=folder, expected=f"vectors of {d} numbers", do="load it on the base it was trained on")
@@ -51,8 +114,8 @@ def _soft_prompt(captioner, folder, config):
 
 def _whole(captioner, path):
     "Weights of a whole model, or some of them, as full fine-tuning."
-    from safetensors.torch import load_file
-    new = load_file(path) if path.is_file() else load_captioner(path).model.state_dict()
+    if path.name == "model.safetensors" and (path.parent / "config.json").is_file(): path = path.parent  # names on disk are transformers' own
+    new = tensors_of(path) if path.is_file() else load_captioner(path).model.state_dict()
     t = Full(captioner, vision=True)
     own = {n: t.own[n] for n in t.own if path.is_dir() or n in new}
     bad = [n for n in own if n not in new or own[n].shape != new[n].shape] or ([] if path.is_dir() else [n for n in new if n not in own])
@@ -76,7 +139,10 @@ def load_adapter(
     if path.is_file(): return _whole(captioner, path)
     if (path / "tuned.json").is_file():
         saved = read_json(path / "tuned.json")
-        if saved["method"] in METHODS: return attach(captioner, saved["method"], **saved["config"]).load(path)
+        if saved["method"] in METHODS:
+            t = attach(captioner, saved["method"], **saved["config"])
+            try: return t.load(path)
+            except BaseException: t.detach(); raise
     if (path / "adapter_config.json").is_file():
         if not (path / "adapter_model.safetensors").is_file():
             raise ConfigError("this adapter has no safetensors file", where=path, expected="adapter_model.safetensors", do="save it again with peft's save_pretrained")
