@@ -1078,6 +1078,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'capnb/train/tiny_parts.py')},
             'capnb.train.tiny_recipe': { 'capnb.train.tiny_recipe._average': ( 'train/tiny_recipe.html#_average',
                                                                                'capnb/train/tiny_recipe.py'),
+                                         'capnb.train.tiny_recipe._code': ('train/tiny_recipe.html#_code', 'capnb/train/tiny_recipe.py'),
                                          'capnb.train.tiny_recipe._save': ('train/tiny_recipe.html#_save', 'capnb/train/tiny_recipe.py'),
                                          'capnb.train.tiny_recipe._trained': ( 'train/tiny_recipe.html#_trained',
                                                                                'capnb/train/tiny_recipe.py'),

@@ -7,7 +7,7 @@ __all__ = ['RECIPE', 'STAGES', 'rate', 'recipe_hash', 'seen', 'see_batch', 'text
            'obey_loss', 'run_stage', 'untrained', 'train_stages']
 
 # %% ../../nbs/train/11_tiny_recipe.ipynb #098e4116
-import hashlib, importlib, inspect, json, math, random, time
+import hashlib, importlib, inspect, io, json, math, random, time, tokenize
 from pathlib import Path
 import numpy as np
 import torch
@@ -42,10 +42,16 @@ def rate(
     return up*min(1, max(0, (steps - step)/(decay*steps)))
 
 # %% ../../nbs/train/11_tiny_recipe.ipynb #79474093
+def _code(module):
+    "Source lines of a module without comments, the same in every Python."
+    lines = inspect.getsource(module).splitlines()
+    for t in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
+        if t.type == tokenize.COMMENT: lines[t.start[0] - 1] = lines[t.start[0] - 1][:t.start[1]]
+    return [l.rstrip() for l in lines if l.strip()]
+
 def recipe_hash()->str: # 16 hex digits
     "Fingerprint of numbers, code and data of the recipe."
-    import ast
-    code = [ast.dump(ast.parse(inspect.getsource(m))) for m in (tiny_parts, importlib.import_module("capnb.train.tiny_recipe"))]
+    code = [_code(m) for m in (tiny_parts, importlib.import_module("capnb.train.tiny_recipe"))]
     return hashlib.sha256(json.dumps([RECIPE, code, scenes_hash()], sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/train/11_tiny_recipe.ipynb #25e545cb
