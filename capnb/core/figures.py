@@ -13,7 +13,9 @@ from .markup import Html, tag
 INK,RULE = '#21252b','#d9d8d1'  # in figures: replaced by the page's colours
 COLOURS = ('#0f6ca8', '#d1580d', '#14866d', '#a8528f', '#c08a00', '#5d6bb8', '#7a5c3e', '#6b7480')  # legible on light and dark
 
-def plot_style(**kw)->dict: # for `matplotlib.rc_context`
+def plot_style(
+    **kw # settings of matplotlib that override the page's
+)->dict: # for `matplotlib.rc_context`
     "Settings of matplotlib that suit the page; `kw` overrides single ones"
     from cycler import cycler
     return {'figure.figsize': (6.4, 3.6), 'figure.constrained_layout.use': True, 'font.size': 10, 'axes.titlesize': 10.5,

@@ -139,14 +139,15 @@ def encode(self,
     todo = [i for i, o in enumerate(out) if o is None]
     size, was = self._chunk or batch_size, self.tower.training
     self.tower.eval()  # what is kept must not hold dropout
-    for s in range(0, len(todo), size):
-        rows = todo[s:s + size]
-        pixels = self.pixels([images[i] for i in rows])
-        if self._chunk: pixels = torch.cat([pixels, pixels[-1:].expand(size - len(rows), -1, -1, -1)])
-        found = self.vision_features(pixels).float().cpu()
-        for i, v in zip(rows, found):
-            out[i] = v.clone(); self.cache.put(tower, keys[i], out[i])
-    self.tower.train(was)
+    try:
+        for s in range(0, len(todo), size):
+            rows = todo[s:s + size]
+            pixels = self.pixels([images[i] for i in rows])
+            if self._chunk: pixels = torch.cat([pixels, pixels[-1:].expand(size - len(rows), -1, -1, -1)])
+            found = self.vision_features(pixels).float().cpu()
+            for i, v in zip(rows, found):
+                out[i] = v.clone(); self.cache.put(tower, keys[i], out[i])
+    finally: self.tower.train(was)
     if todo: self.cache.flush()
     return torch.stack(out) if out else torch.zeros(0)
 
