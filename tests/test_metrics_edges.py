@@ -142,3 +142,22 @@ def test_many_images_in_bounded_time_and_memory():
     n = 20_000
     s = sc.score_captions(["a man rides a horse"] * n, [["a man on a horse"]] * n, ["rouge_l", "style"])
     assert len(s.intervals(draws=200)) >= 3
+
+
+def test_a_failing_meteor_leaves_the_others(monkeypatch):
+    "Asked for all metrics, one that fails is left out with a warning; asked for by name, it is an error"
+    def broken(x): raise MetricError("METEOR gave no answer")
+    load = sc.METRICS.load
+    monkeypatch.setattr(sc.METRICS, "load", lambda name: broken if name == "meteor" else load(name))
+    monkeypatch.setattr(sc, "find_java", lambda: "java")
+    with pytest.warns(UserWarning, match="no answer"): s = sc.score_captions(CANDS, REFS)
+    assert "METEOR" not in s.corpus and {"BLEU-4", "CIDEr-D", "ROUGE-L"} <= set(s.corpus) and "no answer" in s.settings["skipped"]["meteor"]
+    with pytest.raises(MetricError, match="no answer"): sc.score_captions(CANDS, REFS, ["bleu", "meteor"])
+
+
+@java
+def test_hyphenated_captions_meet_the_whole_paraphrase_table():
+    "METEOR reads black-and-white as three words: the chosen entries of the table must give what all of them give"
+    x = cs.prepare(["a black-and-white cat", "a well-known man"], [["a white and black cat"], ["a famous man"]])
+    part, whole = (cs.meteor(x, full_table=f)["METEOR"] for f in (False, True))
+    assert part.value == whole.value and part.per_image == whole.per_image

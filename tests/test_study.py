@@ -152,3 +152,68 @@ def test_wrong_settings_are_said_before_anything_runs(tmp_path):
     for wrong in (dict(methods='lorra'), dict(data='scnes'), dict(data='folder:/no/such/folder')):
         with pytest.raises(CapnbError): run_study(Plan(**{**dict(out=str(tmp_path / 'x'), **SMALL), **wrong}), lambda s: None, toy())
     assert not (tmp_path / 'x' / 'results').exists()
+
+
+def photos(folder, shift):
+    "Ten pictures with the same names in every folder, but other colours"
+    folder.mkdir()
+    for i in range(10):
+        Image.effect_noise((40, 40), 20 + 20*i + shift).convert('RGB').save(folder / f'{i}.png')
+        (folder / f'{i}.txt').write_text(f'a red dog {i}\na blue bird\n')
+    return folder
+
+
+def test_one_captioner_in_two_studies(tmp_path):
+    "Features are kept under the ids of one study: another with the same ids must not get them, and the base comes back as it was"
+    kw = dict(methods='zero_shot', folds=2, **SMALL)
+    a, b, shared = photos(tmp_path / 'a', 0), photos(tmp_path / 'b', 90), toy()
+    with torch.no_grad():
+        for p in shared.parameters(): p.mul_(3.)  # so that captions differ from picture to picture
+    fresh = toy(); fresh.load_state_dict(shared.state_dict())
+    before = shared.template_, shared.cache
+    run_study(Plan(data=f'folder:{a}', out=str(tmp_path / 'x'), prompt='describe', **kw), lambda s: None, shared)
+    assert (shared.template_, shared.cache) == before and shared.tuned_by is None
+    run_study(Plan(data=f'folder:{b}', out=str(tmp_path / 'y'), **kw), lambda s: None, shared)
+    run_study(Plan(data=f'folder:{b}', out=str(tmp_path / 'z'), **kw), lambda s: None, fresh)
+    own = [read_study(tmp_path / d).done[0]['study']['own']['log_prob'] for d in 'yz']
+    assert table(tmp_path / 'y') == table(tmp_path / 'z') and own[0] == own[1]
+
+
+def test_changed_data_are_noticed(tmp_path):
+    "Asked again after a caption or a picture was corrected, the study is not 'done'"
+    data, kw = photos(tmp_path / 'd', 0), dict(methods='zero_shot', folds=2, **SMALL)
+    plan = Plan(data=f"folder:{data}", out=str(tmp_path / 'out'), **kw)
+    def left():
+        lines = []
+        run_study(plan, lines.append, toy())
+        return 'all of them are done' not in lines[0]
+    assert left() and not left()
+    (data / '9.txt').write_text('a small dog on a bird\n'); assert left() and not left()
+    Image.new('RGB', (40, 40), 'red').save(data / '3.png'); assert left() and not left()
+
+
+def test_retrained_adapter_is_evaluated_again(tmp_path):
+    from capnb.tune.methods import attach
+    data, lines = photos(tmp_path / 'd', 0), []
+    for seed in (0, 1):
+        torch.manual_seed(seed); t = attach(toy(), 'lora')
+        with torch.no_grad():
+            for p in t.parameters(): p.normal_()
+        t.save(tmp_path / 'adapter')
+        run_study(Plan(data=f'folder:{data}', methods='zero_shot', adapters=(str(tmp_path / 'adapter'),), folds=2, out=str(tmp_path / 'out'), **SMALL), lines.append, toy())
+    first = [l for l in lines if 'still to do' in l or 'are done' in l]
+    assert '2 still to do' in first[0] and '1 still to do' in first[1]
+
+
+def test_one_bad_adapter_does_not_touch_the_others(tmp_path):
+    from capnb.tune.methods import attach
+    data = photos(tmp_path / 'd', 0)
+    for name in ('bad', 'good'):
+        t = attach(toy(), 'lora'); t.save(tmp_path / name)
+    torn = tmp_path / 'bad' / 'adapter_model.safetensors'
+    torn.write_bytes(torn.read_bytes()[:100])
+    base = toy()
+    run_study(Plan(data=f'folder:{data}', methods='zero_shot', adapters=(str(tmp_path / 'bad'), str(tmp_path / 'good')), folds=2, out=str(tmp_path / 'out'), **SMALL), lambda s: None, base)
+    study = read_study(tmp_path / 'out')
+    assert [r['study']['name'] for r in study.failed] == ['adapter-bad'] and 'adapter-good' in [r['study']['name'] for r in study.done]
+    assert base.tuned_by is None and next(r for r in study.done if r['study']['name'] == 'adapter-good')['train_info']['file_size'] > 0
