@@ -12,7 +12,7 @@ from array import array
 from pathlib import Path
 import numpy as np
 from ..core.errors import DataError
-from .records import CaptionDataset, ClosedColumns, Columns, Faults, Record, caption_fault, fault, group, no_records
+from .records import CaptionDataset, ClosedColumns, Columns, Faults, Record, caption_fault, fault, group, no_records, is_id, twin_id
 
 # %% ../../nbs/data/01_coco.ipynb #319c108e
 def open_text(
@@ -213,8 +213,8 @@ class CocoBuilder:
         if not isinstance(entry, dict): return self.faults('wrong shape', f'The image entry is not an object but {type(entry).__name__}', where)
         id = entry.get('id')
         where += f', id {id!r}'
-        if not _is_id(id): return self.faults('bad id', f'The image id is neither text nor a whole number: {id!r}', where)
-        if id in self.rows or _twin(id) in self.rows: return self.faults('duplicate id', f'The image id {id!r} was used before', where)
+        if not is_id(id): return self.faults('bad id', f'The image id is neither text nor a whole number: {id!r}', where)
+        if id in self.rows or twin_id(id) in self.rows: return self.faults('duplicate id', f'The image id {id!r} was used before', where)
         path,problem = find_image(self.root, entry.get('file_name'))
         self.rows[id] = None if problem else len(self.columns.ids)
         if problem: return self.faults(*problem, where)
@@ -228,23 +228,13 @@ class CocoBuilder:
         if not isinstance(entry, dict): return self.faults('wrong shape', f'The annotation is not an object but {type(entry).__name__}', where)
         image,id = entry.get('image_id'),entry.get('id')
         where += f', image_id {image!r}'
-        if not _is_id(image) or image not in self.rows:
+        if not is_id(image) or image not in self.rows:
             return self.faults('caption for an unknown image', f'The caption belongs to the image {image!r}, which is not in the list of images', where)
         problem = caption_fault(entry.get('caption'))
         if problem: return self.faults(*problem, where)
         if self.rows[image] is None: return
         self.taken.append(id if isinstance(id, int) and 0 <= id < 2**63 else -1)
         self.columns.add_caption(self.rows[image], entry['caption'])
-
-# %% ../../nbs/data/01_coco.ipynb #38c98c8f
-def _is_id(x):
-    "May `x` be the id of an image?"
-    if isinstance(x, str): return x != '' and not any('\ud800' <= c <= '\udfff' for c in x)
-    return isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**63
-
-def _twin(id):
-    "The same id as a number or as text: captions files and scores know ids as text"
-    return str(id) if isinstance(id, int) else int(id) if id.isascii() and id.removeprefix('-').isdigit() and len(id) < 20 and str(int(id)) == id else id
 
 # %% ../../nbs/data/01_coco.ipynb #655659c7
 def _drop_repeated(b):
@@ -310,7 +300,7 @@ def read_instances(
             raise DataError('This is a captions file, not instances' if 'caption' in value else 'This is not an instances file', path, '"annotations" with "bbox" and "category_id"')
         if not isinstance(value, dict): faults('wrong shape', f'The entry is not an object but {type(value).__name__}', where); continue
         if key == 'categories': _add_category(column, value, where, faults)
-        elif not _is_id(value.get('image_id')) or value['image_id'] not in rows: strange += 1
+        elif not is_id(value.get('image_id')) or value['image_id'] not in rows: strange += 1
         elif rows[value['image_id']] is not None: _add_object(column, rows, value, where, faults)
     if not column.names: raise DataError('The instances file has no categories', path, '"categories" [{"id", "name"}]')
     if strange and not column.owner: raise DataError('No object in the instances file belongs to these images', path, 'instances of the same images as the captions')

@@ -10,8 +10,8 @@ __all__ = ['IMAGE_NAMES', 'CAPTION_NAMES', 'SUFFIXES', 'FORMS', 'text_lines', 'F
 import csv, json, os, re
 from pathlib import Path
 from ..core.errors import DataError
-from .coco import _is_id, _twin, find_image, finish, open_text, with_captions
-from .records import CaptionDataset, ClosedColumns, Columns, Faults, Record, caption_fault, no_records
+from .coco import find_image, finish, open_text, with_captions
+from .records import CaptionDataset, ClosedColumns, Columns, Faults, Record, caption_fault, no_records, is_id, twin_id
 
 # %% ../../nbs/data/02_folder.ipynb #410e4696
 def text_lines(
@@ -55,8 +55,8 @@ class FolderBuilder:
         name = next((entry[k] for k in IMAGE_NAMES if k in entry), None)
         id = name if entry.get('id') in (None, '') else entry['id']
         where += f', image {name!r}'
-        if isinstance(id, (float, list, dict)) or id is not None and not _is_id(id): return self.faults('bad id', f'The id is neither text nor a whole number: {id!r}', where)
-        if id is not None and id not in self.rows and _twin(id) in self.rows: id = _twin(id)  # "7" and 7 are one id
+        if isinstance(id, (float, list, dict)) or id is not None and not is_id(id): return self.faults('bad id', f'The id is neither text nor a whole number: {id!r}', where)
+        if id is not None and id not in self.rows and twin_id(id) in self.rows: id = twin_id(id)  # "7" and 7 are one id
         if id not in self.rows:
             path,problem = _find(self.folder, name)
             self.rows[id] = None if problem else len(self.columns.ids),name

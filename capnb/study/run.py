@@ -16,7 +16,7 @@ from ..core.files import append_line, plain, read_json, read_lines, write_json
 from ..core.results import new_result, save_result
 from ..data.scene_oracle import read_caption
 from ..metrics.coco_scorers import prepare
-from ..metrics.scores import METRICS, Scores, _load, score_captions
+from ..metrics.scores import METRICS, Scores, named_metrics, score_captions
 from ..models.captioner import FeatureCache
 from ..models.load import load_captioner
 from .answer import LABELS, label, mean_measure, read_study
@@ -309,7 +309,7 @@ def _result(b, run, print_, said, likely, history, facts, trained, total):
 # %% ../../nbs/study/06_run.ipynb #572ecf4a
 def _asked(plan, target):
     "The metrics that the plan names, for the controls; nothing if it names none"
-    return [] if plan.metrics is None else [[m for m in _load(plan.metrics, target.truth()) if not m.startswith('scene')]]
+    return [] if plan.metrics is None else [[m for m in named_metrics(plan.metrics, target.truth()) if not m.startswith('scene')]]
 
 def _own(likely, b):
     "Log-probabilities of the base's own captions, in the order of the domain"
