@@ -11,4 +11,5 @@ lazy(__name__,
      markup="Html esc markup tag table marked figure image_uri",
      figures="plotting new_figure figure_svg",
      page="Page",
-     doctor="doctor format_doctor")
+     doctor="doctor format_doctor",
+     fetch="fetch part_folder")

@@ -58,7 +58,8 @@ def folder_spec(
 READERS = Registry('reader', {
     'scenes': 'capnb.data.scenes:read_scenes',
     'coco': 'capnb.data.load:coco_spec',
-    'folder': 'capnb.data.load:folder_spec'}, group='capnb.readers')
+    'folder': 'capnb.data.load:folder_spec',
+    'emoji': 'capnb.data.emoji:read_emoji'}, group='capnb.readers')
 
 # %% ../../nbs/data/03_load.ipynb #aad298fd
 def load_data(

@@ -5,4 +5,6 @@ lazy(__name__,
      captioner="Captioner Template",
      llava="LlavaCaptioner",
      generic="HFCaptioner",
-     load="load_captioner BASES")
+     load="load_captioner BASES",
+     mapper="Mapper",
+     smol="SmolCaptioner load_smol")

