@@ -81,13 +81,15 @@ def changed_attention(
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout if module.training else 0., scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
-# %% ../../nbs/models/04_points.ipynb #390fc91d
-def _plain_forward(self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, past_key_values=None, **kw):
+# %% ../../nbs/models/04_points.ipynb #2ad943e5
+def _plain_forward(self, *args, **kw):
     "The self-attention of BERT's descendants, through `changed_attention`."
+    given = inspect.signature(type(self).forward).bind(self, *args, **kw).arguments  # the order of arguments differs
+    hidden_states, cache = given["hidden_states"], given.get("past_key_values")
     split = lambda x: x.view(*x.shape[:2], -1, self.attention_head_size).transpose(1, 2)  # (B, h, T, d_h)
     q, k, v = (split(f(hidden_states)) for f in (self.query, self.key, self.value))
-    if past_key_values is not None: k, v = getattr(past_key_values, "self_attention_cache", past_key_values).update(k, v, self.layer_idx)
-    return changed_attention(self, q, k, v, attention_mask, dropout=self.dropout.p)[0].flatten(2), None
+    if cache is not None: k, v = getattr(cache, "self_attention_cache", cache).update(k, v, self.layer_idx)
+    return changed_attention(self, q, k, v, given.get("attention_mask"), dropout=self.dropout.p)[0].flatten(2), None
 
 def _asks_table(module):
     "Does this attention look its function up in transformers' table?"
