@@ -83,8 +83,13 @@ class HFCaptioner(Captioner):
         "What the decoder gets to see of each image: a list of (V, d)."
         enc = self.processed([self.template(None)] * len(images), pictures(images))
         pixel = {k: v.to(self.device) for k, v in enc.items() if k not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")}
+        if not hasattr(self.model, "get_image_features"):
+            raise ConfigError("this family keeps its image features to itself", where=type(self.model).__name__, do="look at the point 'vision' of capnb.models.points")
         found = self.model.get_image_features(**pixel)
-        return list(getattr(found, "pooler_output", found))
+        found = list(getattr(found, "pooler_output", found))
+        if len(found) == len(images): return found
+        counts = (enc["input_ids"] == self.model.config.image_token_id).sum(1).tolist()  # images cut into several pieces
+        return list(torch.cat([f.reshape(-1, f.shape[-1]) for f in found]).split(counts))
 
 # %% ../../nbs/models/02_generic.ipynb #c140d36b
 @method_of(HFCaptioner)
