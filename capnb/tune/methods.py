@@ -157,7 +157,7 @@ class VirtualTokens(nn.Module):
         "Lay a prompt out anew."
         text = [i for i, t in enumerate(ids) if t not in self.specials]
         keep, n = list(range(len(ids))), len(text) if self.n is None else self.n
-        if self.where == "start": return [0] * n + keep, list(range(n)) + [-1] * len(ids)
+        if self.where == "start": return [text[k % len(text)] if text else 0 for k in range(n)] + keep, list(range(n)) + [-1] * len(ids)  # never copies of an image token
         if not text: raise ConfigError("this prompt has no words that learned vectors could replace", where=repr(instruction), do="ask with an instruction, or use place='start' with n=...")
         if self.where == "before":
             return keep[:text[0]] + [text[k % len(text)] for k in range(n)] + keep[text[0]:], [-1] * text[0] + list(range(n)) + [-1] * (len(ids) - text[0])
