@@ -16,6 +16,7 @@ from ..core.errors import ConfigError, did_you_mean
 from ..core.files import read_json, write_json
 from ..core.registry import Registry
 from ..models.captioner import Captioner, method_of, same_names
+from ..models.generic import language_decoder
 
 # %% ../../nbs/tune/00_methods.ipynb #d0e62460
 class Tuned(nn.Module):
@@ -156,7 +157,7 @@ class VirtualTokens(nn.Module):
         "Lay a prompt out anew."
         text = [i for i, t in enumerate(ids) if t not in self.specials]
         keep, n = list(range(len(ids))), len(text) if self.n is None else self.n
-        if self.where == "start": return [0] * n + keep, list(range(n)) + [-1] * len(ids)
+        if self.where == "start": return [text[k % len(text)] if text else 0 for k in range(n)] + keep, list(range(n)) + [-1] * len(ids)  # never copies of an image token
         if not text: raise ConfigError("this prompt has no words that learned vectors could replace", where=repr(instruction), do="ask with an instruction, or use place='start' with n=...")
         if self.where == "before":
             return keep[:text[0]] + [text[k % len(text)] for k in range(n)] + keep[text[0]:], [-1] * text[0] + list(range(n)) + [-1] * (len(ids) - text[0])
@@ -236,7 +237,7 @@ def decoder_name(
     model: nn.Module,  # an image-text model
 ) -> str:
     "The name of the language decoder inside the model."
-    inner = model.get_decoder()
+    inner = language_decoder(model)
     return next(n for n, m in model.named_modules() if m is inner)
 
 def lora_pattern(
@@ -354,8 +355,8 @@ def part_of(
 ) -> str:  # "language", "vision" or "projector"
     "Which part of an image-text model a parameter belongs to."
     if name.startswith(decoder + ".") or name.startswith(decoder.rsplit(".", 1)[0] + ".lm_head") or "lm_head" in name: return "language"
-    if re.search(r"projector|connector|merger|qformer|language_projection|query_tokens|visual_projection|modality_projection", name): return "projector"
-    return "vision" if re.search(r"vision|visual|image", name) else "language"
+    if re.search(r"projector|connector|merger|qformer|language_projection|query_tokens|visual_projection|modality_projection|enc_to_dec_proj", name): return "projector"
+    return "vision" if re.search(r"vision|visual|image|^encoder\.", name) else "language"
 
 # %% ../../nbs/tune/00_methods.ipynb #3b996cee
 class Full(Tuned):
