@@ -51,7 +51,7 @@ def masked_mean(
     m = mask[..., None].to(x.dtype)  # (B, V, 1)
     return (x * m).sum(1) / m.sum(1)
 
-# %% ../../nbs/models/30_features.ipynb #05a2d6ab
+# %% ../../nbs/models/30_features.ipynb #7cafa3b0
 class FeatureNet(nn.Module):
     "Word vectors, encoder, decoder and output layer."
     def __init__(self,
@@ -60,13 +60,15 @@ class FeatureNet(nn.Module):
         feature_width: int,  # size of a feature vector, d_v
         encoder: nn.Module,  # (features, mask) -> memory
         decoder: nn.Module,  # (E, memory, cache) -> (B, T, d)
+        words: nn.Embedding|None = None,  # word vectors; None: new ones
+        head: nn.Linear|None = None,  # output layer; None: a new one
     ):
         super().__init__()
         from transformers import PretrainedConfig
         self.feature_width, self.recipe, self.config = feature_width, {}, PretrainedConfig(tie_word_embeddings=False)
-        self.words, self.encoder, self.decoder = nn.Embedding(vocabulary, width), encoder, decoder
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        nn.init.normal_(self.words.weight, std=width ** -.5)
+        self.words, self.encoder, self.decoder = words or nn.Embedding(vocabulary, width), encoder, decoder
+        self.head = head or nn.Linear(width, vocabulary, bias=False)
+        if words is None: nn.init.normal_(self.words.weight, std=width ** -.5)
 
     def encode_image(self, features, mask):
         "The memory of `features` (B, V, d_v), of which those in `mask` (B, V) are real."
@@ -126,7 +128,7 @@ def checked(self,
     if not torch.isfinite(x).all(): raise DataError("the features hold NaN or infinity", where=where, expected="finite numbers", do="encode this image again, in float32")
     return x
 
-# %% ../../nbs/models/30_features.ipynb #c21c1ea6
+# %% ../../nbs/models/30_features.ipynb #0fda439a
 def _as_list(images):
     "One entry per image."
     if isinstance(images, torch.Tensor): return list(images) if images.ndim == 3 else [images]
@@ -156,7 +158,7 @@ def encode(self,
                 found[i] = f.detach().float().cpu().clone(); self.cache.put(tower, names[i], found[i])
         if new: self.cache.flush()
     for i, f in zip(todo, found): out[i] = f
-    return torch.stack(out) if out and len({x.shape for x in out}) == 1 else out
+    return torch.stack(out) if out and len({(x.shape, x.dtype) for x in out}) == 1 else out
 
 # %% ../../nbs/models/30_features.ipynb #621f5649
 @method_of(FeatureCaptioner)
