@@ -193,6 +193,13 @@ def test_it_goes_on_where_it_was_stopped(case, tmp_path):
     assert all(torch.equal(t, again.train_state()[n]) for n, t in whole.train_state().items())
 
 
+def test_it_trains_in_bf16(case):
+    full, half = build(case), build(case)
+    ran = [train(c, PAIRS, caption_loss, TrainConfig(steps=3, batch_size=9, lr=1e-3, precision=p)) for c, p in ((full, "no"), (half, "bf16"))]
+    assert ran[1].loss < ran[1].history[0]["loss"] and abs(ran[0].loss - ran[1].loss) < .05
+    assert len(half.to(torch.bfloat16).caption(SETS, max_new_tokens=3, num_beams=2)) == len(half.caption(SETS, max_new_tokens=3)) == 9
+
+
 # ---- images, methods
 
 def test_images_are_read_through_the_vision_of_another_captioner(scenes):

@@ -57,7 +57,7 @@ class TransformerMapper(nn.Module):
             x = x + think(self.norms[2 * i + 1](x))
         return {"prefix": x[:, -self.k:]}  # (B, k, d)
 
-# %% ../../nbs/models/34_clipcap.ipynb #9b4db8dc
+# %% ../../nbs/models/34_clipcap.ipynb #fddadd37
 class PrefixDecoder(nn.Module):
     "A language model with the image's vectors in front of the words."
     def __init__(self,
@@ -80,6 +80,8 @@ class PrefixDecoder(nn.Module):
         else: k = 0
         if cache is not None and "lm" not in cache: cache["lm"] = DynamicCache()
         past = {} if cache is None else {"past_key_values": cache["lm"]}
+        n, most = E.shape[1] + (0 if cache is None else cache["lm"].get_seq_length()), getattr(self.lm.config, "max_position_embeddings", None)
+        if most and n > most: raise ConfigError(f"prefix and caption have {n} tokens, the language model reads {most}", do="a smaller k or max_new_tokens, or shorter captions")
         return self.lm(inputs_embeds=E, use_cache=cache is not None, **past).last_hidden_state[:, k:]
 
 # %% ../../nbs/models/34_clipcap.ipynb #9b4c2ce2
