@@ -128,7 +128,7 @@ def checked(self,
     if not torch.isfinite(x).all(): raise DataError("the features hold NaN or infinity", where=where, expected="finite numbers", do="encode this image again, in float32")
     return x
 
-# %% ../../nbs/models/30_features.ipynb #0fda439a
+# %% ../../nbs/models/30_features.ipynb #4f046ffd
 def _as_list(images):
     "One entry per image."
     if isinstance(images, torch.Tensor): return list(images) if images.ndim == 3 else [images]
@@ -142,12 +142,12 @@ def encode(self,
     batch_size: int = 16,  # images the vision sees at once
 ):  # (N, V, d_v), or a list when V differs
     "Features of images, from the cache where it has them; given features pass through."
-    out, tower = _as_list(images), self.eyes_print()
+    out = _as_list(images)
     todo = [i for i, x in enumerate(out) if not isinstance(x, torch.Tensor)]
     if todo and self.vision is None:
         raise ConfigError(f"this captioner reads features, but item {todo[0]} is a {type(out[todo[0]]).__name__}", expected=f"tensors (V, {self.model.feature_width})",
                           do="build it with vision=..., or encode the images first")
-    seen, names = pictures([out[i] for i in todo]) if todo else [], [keys[i] if keys else None for i in todo]
+    seen, names, tower = pictures([out[i] for i in todo]) if todo else [], [keys[i] if keys else None for i in todo], self.eyes_print() if todo else ""
     if isinstance(self.vision, Captioner): found = list(self.vision.encode(seen, names)) if todo else []
     else:
         names = [image_key(im) if k is None else k for k, im in zip(names, seen)]
