@@ -41,7 +41,7 @@ def real_tokens(
     before = is_end.cumsum(1) - is_end.long() == 0  # (B, L) no end token earlier than this one
     return torch.where(is_end.any(1, keepdim=True), before, real)
 
-# %% ../../nbs/models/20_dual.ipynb #9636f0a3
+# %% ../../nbs/models/20_dual.ipynb #02330eef
 class DualEncoder(nn.Module):
     "An image tower and a text tower with a joint space."
     start = end = pad = None  # special token ids, None where there is none
@@ -60,9 +60,11 @@ class DualEncoder(nn.Module):
     @property
     def dtype(self): return next(self.model.parameters()).dtype
     @property
+    def log_scale(self): return self.model.logit_scale  # libraries store the logarithm
+    @property
     def logit_scale(self):
         "The factor s before the cosine."
-        return self.model.logit_scale.exp().squeeze()
+        return self.log_scale.exp().squeeze()
     @property
     def logit_bias(self):
         "What is added after it: 0 where the model has none."
@@ -83,7 +85,7 @@ class DualEncoder(nn.Module):
         "Both towers."
         return self.image(batch["pixels"]), self.text(batch["ids"], batch["mask"])
 
-# %% ../../nbs/models/20_dual.ipynb #379d5b69
+# %% ../../nbs/models/20_dual.ipynb #e739f946
 @method_of(DualEncoder)
 def similarity(self,
     image: DualOutput|torch.Tensor,  # (N, d) images
@@ -98,7 +100,7 @@ def clamp_scale(self,
     most: float = 100.,  # CLIP's own limit
 ):
     "Keep the scale between 1 and `most`; called after an optimizer step."
-    with torch.no_grad(): self.model.logit_scale.clamp_(0, torch.tensor(most).log().item())
+    with torch.no_grad(): self.log_scale.clamp_(0, torch.tensor(most).log().item())
 
 # %% ../../nbs/models/20_dual.ipynb #1556a4bb
 def clip_loss(
