@@ -230,7 +230,7 @@ def _open_clip_text(t, ids, kind, end):
     tokens = _project(t.ln_final(t.transformer(h, attn_mask=causal)), t.text_projection)  # (B, L, d)
     return tokens[torch.arange(len(ids), device=ids.device), _pool_at(kind, ids, end)], tokens
 
-# %% ../../nbs/models/20_dual.ipynb #48ef7ad5
+# %% ../../nbs/models/20_dual.ipynb #c2ca42fa
 class OpenClipDual(DualEncoder):
     "An open_clip model (CLIP, or CustomTextCLIP with a ViT or timm image tower) as a `DualEncoder`."
     def __init__(self,
@@ -245,10 +245,10 @@ class OpenClipDual(DualEncoder):
         if kind not in ("VisionTransformer", "TimmModel") or getattr(model.visual, "attn_pool", None) is not None:
             raise ConfigError("this image tower does not give patches", where=kind, expected="a ViT with a class token or mean pooling, or a timm trunk")
         if getattr(text, "cls_emb", None) is not None: raise ConfigError("CoCa's text tower has no token projection", where=type(model).__name__)
-        size = model.visual.image_size
+        look = {"size": model.visual.image_size, **getattr(model.visual, "preprocess_cfg", {})}  # size, mean, std, interpolation ...
         tokenizer = tokenizer or oc.SimpleTokenizer(context_length=text.context_length)
-        super().__init__(model, tokenizer, transform or oc.image_transform(size, is_train=False), name)
-        self.config, self.hf_text = config, type(text).__name__ == "HFTextEncoder"
+        super().__init__(model, tokenizer, transform or oc.transform.image_transform_v2(oc.transform.PreprocessCfg(**look), is_train=False), name)
+        self.config, self.look, self.hf_text = config, look, type(text).__name__ == "HFTextEncoder"
         inner = getattr(tokenizer, "tokenizer", tokenizer)  # of transformers, for SigLIP
         self.start = getattr(tokenizer, "sot_token_id", getattr(inner, "bos_token_id", None))
         self.end = getattr(tokenizer, "eot_token_id", getattr(inner, "eos_token_id", None))
