@@ -117,13 +117,14 @@ def sigmoid_loss(
     sign = 2*torch.eye(len(z), device=z.device, dtype=z.dtype) - 1
     return -F.logsigmoid(sign*z).sum()/len(z)
 
-# %% ../../nbs/models/20_dual.ipynb #c3d9ba80
+# %% ../../nbs/models/20_dual.ipynb #e1fd398a
 @torch.no_grad()
 def _encode(self, items, prepare, tower, batch_size, normalize, progress):
     was = self.training; self.eval(); out = []
     try:
         for s in range(0, len(items), batch_size):
-            out.append(tower(prepare(items[s:s + batch_size])).vector)
+            part = items[s:s + batch_size] if isinstance(items, (list, torch.Tensor)) else [items[i] for i in range(s, min(s + batch_size, len(items)))]
+            out.append(tower(prepare(part)).vector)
             if progress: progress(min(s + batch_size, len(items)))
     finally: self.train(was)
     if not out: raise DataError("there is nothing to encode", expected="at least one image or text")
@@ -137,9 +138,8 @@ def encode_images(self,
     progress=None,  # called with the number of images done, after each batch
 ) -> torch.Tensor:  # (N, d)
     "Vectors of many images."
-    images = images if hasattr(images, "__len__") else [images]
-    return _encode(self, images, lambda x: self.preprocess([x[i] for i in range(len(x))] if not isinstance(x, torch.Tensor) else x),
-                   lambda x: self.image(x, tokens=False), batch_size, normalize, progress)
+    images = images[None] if isinstance(images, torch.Tensor) and images.ndim == 3 else images if hasattr(images, "__len__") else [images]
+    return _encode(self, images, self.preprocess, lambda x: self.image(x, tokens=False), batch_size, normalize, progress)
 
 @method_of(DualEncoder)
 def encode_texts(self,

@@ -23,11 +23,11 @@ from .loop import train
 from .tiny_parts import pixels_of, token_corpus
 from .tiny_recipe import _code
 
-# %% ../../nbs/train/20_clip_tiny_recipe.ipynb #e1d63fef
+# %% ../../nbs/train/20_clip_tiny_recipe.ipynb #546193df
 RECIPE = dict(seed=0, scenes=24000, split="clip", vocabulary=1400, corpus=3000, tower="tiny@1", frozen=2,
     partly=.2, reword=.05, full_stop=.5,
     shape=dict(image_size=64, patch=16, width=128, layers=4, text_layers=2, heads=4, dim=64, positions=48),
-    train=dict(steps=1100, batch_size=128, lr=1e-3, betas=(.9, .98), weight_decay=.05, schedule="cosine", warmup=100, clip=1.))
+    train=dict(steps=450, batch_size=128, lr=1e-3, betas=(.9, .98), weight_decay=.05, schedule="cosine", warmup=60, clip=1.))
 
 def recipe_hash()->str: # 16 hex digits
     "Fingerprint of numbers, code and data of the recipe, and of the tower it starts from."
