@@ -20,7 +20,8 @@ from .dual_more import BlipDual
 from .load import _look, _offline_folder, quiet
 
 # %% ../../nbs/models/23_dual_load.ipynb #d30d9fa0
-DUAL_BASES = Registry("dual encoder", {"clip-tiny": "capnb.models.clip_tiny:load_clip_tiny", "clip-tiny@1": "capnb.models.clip_tiny:load_clip_tiny"}, "capnb.dual_bases")  # name -> function giving a dual encoder
+DUAL_BASES = Registry("dual encoder", {"clip-tiny": "capnb.models.clip_tiny:load_clip_tiny", "clip-tiny@1": "capnb.models.clip_tiny:load_clip_tiny",
+                                       "pipclip": "capnb.models.pipclip:load_pipclip"}, "capnb.dual_bases")  # name -> function giving a dual encoder
 
 # %% ../../nbs/models/23_dual_load.ipynb #149adf45
 _NO_WEIGHT = ("attn_mask", "input_resolution", "context_length", "vocab_size", "position_ids")  # buffers and numbers in old files

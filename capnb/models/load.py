@@ -21,7 +21,7 @@ from .generic import HFCaptioner
 from .llava import LlavaCaptioner
 
 # %% ../../nbs/models/05_load.ipynb #0c4c9660
-BASES = Registry("base", {"tiny": "capnb.models.tiny:load_tiny", "tiny@1": "capnb.models.tiny:load_tiny"}, "capnb.bases")  # name -> function giving a captioner
+BASES = Registry("base", {"tiny": "capnb.models.tiny:load_tiny", "tiny@1": "capnb.models.tiny:load_tiny", "smol": "capnb.models.smol:load_smol"}, "capnb.bases")  # name -> function giving a captioner
 
 # %% ../../nbs/models/05_load.ipynb #f01afde7
 FAMILIES = {"llava": LlavaCaptioner, "blip": CrossCaptioner, "vision-encoder-decoder": CrossCaptioner}  # model type -> class; all others: HFCaptioner

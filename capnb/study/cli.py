@@ -26,6 +26,8 @@ SUBCOMMANDS = { # name -> (module:function, what it does)
     'doctor':    ('capnb.study.cli:doctor_command', 'say what is installed, what is missing and how to get it'),
     'notebooks': ('capnb.study.cli:notebooks_command', 'copy the tutorial notebooks into a folder'),
     'train-tiny': ('capnb.train.tiny_ship:train_tiny_command', 'train the shipped base from nothing by its recipe'),
+    'train-clip-tiny': ('capnb.train.clip_tiny_ship:train_clip_tiny_command', 'train the shipped dual encoder from nothing by its recipe'),
+    'train-smol': ('capnb.train.smol_recipe:train_smol_command', 'train the mapping layer of smol by its recipe, on emoji'),
 }
 EXAMPLES = '''examples:
   capnb study --quick                                    zero-shot and LoRA on the shipped base, about a minute
