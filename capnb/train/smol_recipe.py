@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASKS', 'RECIPE', 'training_pictures', 'training_picture', 'store_features', 'directions', 'pointing', 'point',
-           'name_ranks', 'Named', 'speak', 'image_gap', 'train_smol', 'train_smol_command']
+           'name_ranks', 'Named', 'speak', 'image_gap', 'ship_smol', 'train_smol', 'train_smol_command']
 
 # %% ../../nbs/train/24_smol_recipe.ipynb #5ce9dd51
 import json, random
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..core.errors import ConfigError
-from ..core.files import write_json
+from ..core.files import sha256, write_json
 from ..core.progress import progress
 from ..data.emoji import concepts, drawing, emoji, on_ground, part_of, varied
 from ..models.captioner import Captioner
@@ -150,6 +150,21 @@ def image_gap(
     means = np.random.default_rng(seed).choice(d, (draws, n)).mean(1)
     return dict(gap=float(d.mean()), low=float(np.quantile(means, .025)), high=float(np.quantile(means, .975)), better=float((d>0).mean()), n=n,
                 loss=float(-right.sum()/tokens.sum()), loss_wrong=float(-wrong.sum()/tokens.sum()))
+
+# %% ../../nbs/train/24_smol_recipe.ipynb #024fea59
+def ship_smol(
+    captioner, # with a trained mapping layer
+    scores:dict, # part -> what `image_gap` gave
+    recipe:dict, # settings
+    folder, # made if missing
+    note:str='' # how the run differed from the recipe
+):
+    "Write mapping layer and card"
+    captioner.save(folder, torch.float16)
+    card = dict(name='smol@1', licence='Apache-2.0', parameters=sum(p.numel() for p in captioner.projector.parameters()), sha256=sha256(Path(folder)/'mapper.safetensors'), recipe=recipe,
+                parts='EfficientNet-Lite0 (ImageNet), SmolLM2-135M-Instruct; both frozen, not shipped',
+                data='emoji of the styles openmoji (CC BY-SA 4.0), noto (Apache-2.0) and fluent (MIT); twemoji and a fifth of the concepts never shown', scores=scores, note=note)
+    write_json(Path(folder)/'model.json', card)
 
 # %% ../../nbs/train/24_smol_recipe.ipynb #0bd9a2bd
 def train_smol(
