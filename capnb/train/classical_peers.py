@@ -46,18 +46,18 @@ def peer_data(
     return dict(learn=learn, features=list(eyes.encode(tests)), references=[r.captions for r in tests], truth=[r.truth for r in tests],
                 tokenizer=caption_tokenizer(e["caption"] for e in learn))
 
-# %% ../../nbs/train/91_classical_peers.ipynb #ea845516
+# %% ../../nbs/train/91_classical_peers.ipynb #b909c299
 def run_peer(
     name: str,  # in `PEERS`
     data: dict,  # from `peer_data`
     seed: int = 0,  # of weights and order
-    steps: int = 500,  # of training
+    steps: int = 300,  # of training
     width: int = 96,  # of the model
 ) -> dict:  # one row of the table
     "Train a peer and score its captions."
     began = time.process_time()
     peer = new_peer(name, data["tokenizer"], data["features"][0].shape[1], seed, width)
-    ran = train(peer, data["learn"], caption_loss, TrainConfig(steps=steps, batch_size=24, lr=2e-3, warmup=.05, seed=seed))
+    ran = train(peer, data["learn"], caption_loss, TrainConfig(steps=steps, batch_size=16, lr=3e-3, warmup=.05, seed=seed))
     said = peer.caption(data["features"], max_new_tokens=30)
     total, count = peer.log_prob(data["features"], [r[0] for r in data["references"]])
     order = list(range(len(said))); random.Random(seed).shuffle(order)
