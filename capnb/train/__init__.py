@@ -4,4 +4,5 @@ from capnb._lazy import lazy
 lazy(__name__,
      config="TrainConfig",
      loop="train stop_training Interrupted",
-     objective="caption_loss")
+     objective="caption_loss",
+     classical_peers="run_peer")
