@@ -12,4 +12,4 @@ lazy(__name__,
      figures="plotting new_figure figure_svg",
      page="Page",
      doctor="doctor format_doctor",
-     fetch="fetch part_folder")
+     fetch="part_folder")

@@ -8,5 +8,4 @@ lazy(__name__,
      load="load_data READERS",
      scenes="Scenes",
      scene_oracle="read_caption Reading",
-     emoji="emoji",
      scene_facts="plant Planted Fact")
