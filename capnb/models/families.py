@@ -243,7 +243,7 @@ def sees(
 CHECKS = dict(batches=same_in_batches, written=lambda c, photos: all(written_is_forward(c, p, a) for p, a in zip(photos, ASKED)), loss=same_loss, learns=learns,
               saved=saved_and_loaded, bf16=in_bf16, features=sees)
 
-# %% ../../nbs/models/06_families.ipynb #70115999
+# %% ../../nbs/models/06_families.ipynb #e447d9be
 def family_battery(
     captioner: Captioner,  # from `tiny_family`
     photos: list,  # three images
@@ -252,19 +252,19 @@ def family_battery(
     out = {}
     for name, check in dict(points=lambda c, photos: points_that_act(c, photos, ASKED), **CHECKS).items():
         try: found = check(captioner, photos)
-        except Exception as e: found = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:100]
+        except Exception as e: found = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"[:200]
         out.update(found if isinstance(found, dict) else {name: found})
     return out
 
-# %% ../../nbs/models/06_families.ipynb #5e3ca470
+# %% ../../nbs/models/06_families.ipynb #40020edf
 def family_table(
     marks: dict,  # family -> what `family_battery` gave
 ) -> str:  # Markdown
-    "One row a family, one column a check."
+    "One row a family, one column a check; below, why a check failed."
     names = [*POINTS, *CHECKS]
-    say = lambda x: "✓" if x is True else "–" if x is False else str(x)
-    rows = [f"| {f} | {TIERS[f]} | " + " | ".join(say(m.get(n, "not run")) for n in names) + " |" for f, m in marks.items()]
-    return "\n".join(["| family | tier | " + " | ".join(n.replace("_", " ") for n in names) + " |", "|---"*(len(names) + 2) + "|", *rows])
+    rows = [f"| {f} | {TIERS[f]} | " + " | ".join("✓" if m.get(n) is True else "–" for n in names) + " |" for f, m in marks.items()]
+    why = [f"- {f}, {n.replace('_', ' ')}: {m.get(n) or 'no'}" for f, m in marks.items() for n in names if m.get(n) is not True]
+    return "\n".join(["| family | tier | " + " | ".join(n.replace("_", " ") for n in names) + " |", "|---"*(len(names) + 2) + "|", *rows, "", *why])
 
 # %% ../../nbs/models/06_families.ipynb #0720d6b7
 CLIP_L = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768)

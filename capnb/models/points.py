@@ -6,7 +6,7 @@
 __all__ = ['POINTS', 'BRIDGES', 'run_order', 'find_points', 'changed_attention', 'changed_keys_values', 'inject', 'strong_change',
            'points_that_act']
 
-# %% ../../nbs/models/04_points.ipynb #49a4f30f
+# %% ../../nbs/models/04_points.ipynb #9923a4b7
 import inspect
 from contextlib import ExitStack, contextmanager
 from types import MethodType
@@ -15,23 +15,25 @@ from torch import nn
 from torch.nn import functional as F
 from PIL import Image
 from ..core.errors import ConfigError
-from .captioner import Captioner
+from .captioner import Captioner, FeatureCache
 
-# %% ../../nbs/models/04_points.ipynb #118510ac
+# %% ../../nbs/models/04_points.ipynb #ad8fc2b5
 def run_order(
     captioner: Captioner,  # any family
     batch: dict,  # from `collate`
 ) -> list:  # (name, module), in the order in which they finish
     "Which modules run for a batch."
-    order, hooks = [], []
+    order, hooks, modes = [], [], [(m, m.training) for m in captioner.modules()]
     for name, m in captioner.named_modules(): hooks.append(m.register_forward_hook(lambda *a, n=name, m=m: order.append((n, m))))
+    captioner.eval()
     try:
         with torch.no_grad(): captioner(batch)
     finally:
         for h in hooks: h.remove()
+        for m, mode in modes: m.training = mode
     return order
 
-# %% ../../nbs/models/04_points.ipynb #6597179d
+# %% ../../nbs/models/04_points.ipynb #80f1ec8e
 POINTS = ("embeddings", "keys_values", "final_norm", "head", "vision")
 BRIDGES = ("multi_modal_projector", "language_projection", "connector", "merger", "visual_projection", "embed_vision")
 
@@ -40,7 +42,7 @@ def find_points(
     batch: dict|None = None,  # from `collate`; the points are found by running it. None: a blank image
 ) -> dict:  # point -> module; for keys_values a list of attention modules, first layer first
     "The modules through which everything must pass, in `generate` as in `forward`. Find them anew after attaching a method."
-    batch = batch or captioner.collate([{"image": Image.new("RGB", (224, 224)), "caption": "a"}])
+    batch = batch or _blank(captioner)
     order, inside = run_order(captioner, batch), {id(m) for m in captioner.decoder.modules()}
     mine = [(n, m) for n, m in order if id(m) in inside]
     norms = [m for _, m in mine if "norm" in type(m).__name__.lower()]
@@ -49,6 +51,14 @@ def find_points(
     speaker = getattr(captioner, "speaker", captioner.model)
     return dict(embeddings=speaker.get_input_embeddings(), keys_values=list(dict.fromkeys(attention)), final_norm=norms[-1],
                 head=captioner.head, vision=_bridge(captioner, order))
+
+@torch.no_grad()
+def _blank(captioner):
+    "A batch of one blank image, which the feature cache does not get to see."
+    c = getattr(captioner, "captioner", captioner)                         # of a tuned one, the captioner itself
+    cache, c.cache = c.cache, FeatureCache()
+    try: return c.collate([{"image": Image.new("RGB", (224, 224)), "caption": "a"}])
+    finally: c.cache = cache
 
 def _bridge(captioner, order):
     "The module that hands image features to the decoder."
