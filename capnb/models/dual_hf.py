@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['CLIP_SPECIAL', 'clip_tokenizer', 'with_ends', 'build_clip', 'HFDual']
 
-# %% ../../nbs/models/21_dual_hf.ipynb #1db8469f
+# %% ../../nbs/models/21_dual_hf.ipynb #211282ad
 import json
 from pathlib import Path
 import torch
 from torch import nn
 from ..core.errors import ConfigError
-from .captioner import method_of
+from .captioner import method_of, pictures
 from .dual import DualEncoder, DualOutput, alone, real_tokens
+from .load import quiet
 
 # %% ../../nbs/models/21_dual_hf.ipynb #95fb8e0d
 CLIP_SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]  # special tokens of our own CLIP tokenizers, in this order: the end is not id 2
@@ -102,7 +103,7 @@ def text(self,
     vector = project(out.pooler_output) if self.kind == "clip" else out.pooler_output
     return DualOutput(vector, project(out.last_hidden_state) if tokens else None, self.counting(ids, mask if mask is None else mask.to(ids.device)))
 
-# %% ../../nbs/models/21_dual_hf.ipynb #f9dfd98c
+# %% ../../nbs/models/21_dual_hf.ipynb #1577fd32
 @method_of(HFDual)
 def preprocess(self,
     images,  # PIL images, records, or pixels already
@@ -110,7 +111,6 @@ def preprocess(self,
     "Pixels as the image tower reads them."
     if self.kind != "siglip2": return DualEncoder.preprocess(self, images)
     if isinstance(images, dict): return images
-    from capnb.models.captioner import pictures
     out = self.transform(images=pictures(images), return_tensors="pt")
     return {k: v.to(self.device, self.dtype) if v.is_floating_point() else v.to(self.device) for k, v in out.items()}
 
@@ -141,6 +141,7 @@ def save(self,
     "Write model and processor so that transformers and `load_dual_encoder` read them."
     folder = Path(folder); state, was = self.model.state_dict(), self.model.config.dtype
     if dtype: state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}; self.model.config.dtype = dtype
-    self.model.save_pretrained(folder, state_dict=state); self.model.config.dtype = was
+    with quiet(): self.model.save_pretrained(folder, state_dict=state)
+    self.model.config.dtype = was
     self.processor.save_pretrained(folder)
     (folder/"dual.json").write_text(json.dumps(dict(family="transformers", name=self.name), indent=1), encoding="utf-8")

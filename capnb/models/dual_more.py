@@ -81,7 +81,7 @@ def text(self,
     h = self.model.text_proj(self.model.text_encoder(input_ids=ids, attention_mask=real.long()).last_hidden_state)  # (B, L, d)
     return DualOutput(h[:, 0], h if tokens else None, self.counting(ids, real))
 
-# %% ../../nbs/models/22_dual_more.ipynb #0afe7297
+# %% ../../nbs/models/22_dual_more.ipynb #99d9a2df
 class Joined(nn.Module):
     "Two towers, two projections, scale and bias: the weights of a `TwoTowers`."
     def __init__(self,
@@ -96,6 +96,7 @@ class Joined(nn.Module):
         self.trunk, self.text, self.image_proj, self.text_proj = trunk, text, image_proj, text_proj
         self.logit_scale = nn.Parameter(torch.tensor(float(scale)).log())
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+        self.eval()  # as every model that is loaded
 
 class TwoTowers(DualEncoder):
     "Any image network and any text network with a projection each."

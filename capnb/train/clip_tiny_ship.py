@@ -20,12 +20,13 @@ from ..models.tiny import tiny_card
 from . import clip_tiny_recipe
 from .clip_tiny_probes import score_dual
 
-# %% ../../nbs/train/22_clip_tiny_ship.ipynb #2fc24907
+# %% ../../nbs/train/22_clip_tiny_ship.ipynb #c9f4dd8b
 def ship_clip_tiny(
     dual:HFDual, # trained
     folder, # where the weights go
     n:int=500, # scenes for each probe and seed
     seeds=(0, 1, 2), # of the held-out scenes
+    note:str="", # how this run differed from the recipe, if it did
 )->dict: # the card
     "Write fp16 weights and their card."
     folder = Path(folder)
@@ -34,7 +35,7 @@ def ship_clip_tiny(
     card = dict(name="clip-tiny@1", architecture="CLIPModel", licence="Apache-2.0", parameters=sum(p.numel() for p in stored.parameters()),
         sha256=sha256(folder/"model.safetensors"), tokenizer=sha256(folder/"tokenizer.json"), starts_from="image tower of tiny@1", tower=tiny_card()["sha256"],
         recipe=clip_tiny_recipe.RECIPE, recipe_hash=clip_tiny_recipe.recipe_hash(), scenes_version=SCENES_VERSION, scenes_hash=scenes_hash(),
-        seed=clip_tiny_recipe.RECIPE["seed"], scored=dict(scenes=n, seeds=list(seeds)), scores=score_dual(stored, n, seeds), made_with=environment()["package_info"])
+        seed=clip_tiny_recipe.RECIPE["seed"], note=note, scored=dict(scenes=n, seeds=list(seeds)), scores=score_dual(stored, n, seeds), made_with=environment()["package_info"])
     write_json(folder/"model.json", card)
     return card
 
