@@ -5,4 +5,5 @@ lazy(__name__,
      config="TrainConfig",
      loop="train stop_training Interrupted",
      objective="caption_loss",
-     classical_peers="run_peer")
+     classical_peers="run_peer",
+     clip_tiny_probes="score_dual")
