@@ -7,13 +7,13 @@ __all__ = ['ASKS', 'RECIPE', 'training_pictures', 'training_picture', 'store_fea
            'name_ranks', 'Named', 'speak', 'image_gap', 'ship_smol', 'train_smol', 'train_smol_command']
 
 # %% ../../nbs/train/24_smol_recipe.ipynb #5ce9dd51
-import json, random
+import random
 from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..core.errors import ConfigError
+from PIL import Image
 from ..core.files import sha256, write_json
 from ..core.progress import progress
 from ..data.emoji import concepts, drawing, emoji, on_ground, part_of, varied
@@ -39,7 +39,11 @@ def training_pictures(
     ids = [i.split('/') for i in emoji('train', styles).ids]
     return [(s, c, k) for s,c in ids for k in range(copies+1)]
 
-def training_picture(style, code, copy):
+def training_picture(
+    style:str, # of the drawing
+    code:str, # of the concept
+    copy:int # 0: on white; else the number of a varied copy
+)->Image.Image: # RGB
     "One of them"
     art = drawing(style, code)
     return on_ground(art) if copy==0 else varied(art, random.Random(f'{style}/{code}/{copy}'))
