@@ -85,7 +85,7 @@ def test_place_and_name(nb):
     first = [m[1] for s in code(nb) if (m := re.search(r"^#\|\s*default_exp\s+(\S+)", s, re.M))]
     if exported(nb): assert first == [module(nb).removeprefix("capnb.")], f"default_exp {first} in {nb.name}"
     head = next(s for kind, s in cells(nb) if kind == "markdown")
-    assert re.match(r"# .+\n+> .+", head), "the first text cell is a title and a one-line summary: '# Title', then '> summary'"
+    assert re.fullmatch(r"# .+\n+> .+(\n> .+)*\s*", head), "the first text cell is '# Title', then '> summary', and nothing else: the site would leave it out"
 
 
 def test_pages_do_not_collide():
