@@ -133,12 +133,12 @@ def check_weights(
     again = 'pip install --force-reinstall --no-deps capnb'
     if not found: return Check('weights of the shipped models', False, 'none found', again)
     for path in found if deep else []:
-        card = path.with_suffix('.json')
+        card = path.parent/'model.json'
         want = read_json(card).get('sha256') if card.exists() else None
         if want and want != sha256(path):
-            return Check('weights of the shipped models', False, f'{path.name} is not the file its card describes', again)
+            return Check('weights of the shipped models', False, f'{path.parent.name}/{path.name} is not the file its card describes', again)
     size = sum(p.stat().st_size for p in found)/1e6
-    return Check('weights of the shipped models', True, f"{', '.join(p.stem for p in found)} ({size:.1f} MB)")
+    return Check('weights of the shipped models', True, f"{', '.join(p.parent.name for p in found)} ({size:.1f} MB)")
 
 # %% ../../nbs/core/09_doctor.ipynb #f80f2a9d
 def check_python()->Check: # with the version

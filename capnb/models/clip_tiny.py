@@ -7,27 +7,24 @@ __all__ = ['CLIP_TINY', 'clip_tiny_card', 'load_clip_tiny']
 
 # %% ../../nbs/models/25_clip_tiny.ipynb #92285a24
 from pathlib import Path
-from ..core.errors import DataError
-from ..core.files import read_json, sha256
+from ..core.shipped import WEIGHTS, shipped_card, whole_weights
 from .dual_hf import HFDual
 from .dual_load import load_dual_encoder
 
 # %% ../../nbs/models/25_clip_tiny.ipynb #a3419ec8
-CLIP_TINY = Path(__file__).parent/"weights"/"clip-tiny-1" if "__file__" in globals() else Path("../../capnb/models/weights/clip-tiny-1")
+CLIP_TINY = WEIGHTS/"clip-tiny-1"
 
 def clip_tiny_card(
     folder:Path=CLIP_TINY, # where the weights are
 )->dict: # name, sha256, recipe, scores ...
     "The card of `clip-tiny@1`."
-    return read_json(Path(folder)/"model.json")
+    return shipped_card(folder)
 
 def load_clip_tiny(
     folder:Path=CLIP_TINY, # where the weights are
 )->HFDual:
     "The dual encoder `clip-tiny@1`. Raises `DataError` when the weights are not those of the card."
-    weights = Path(folder)/"model.safetensors"
-    if not weights.is_file() or sha256(weights) != clip_tiny_card(folder)["sha256"]:
-        raise DataError("the weights of clip-tiny@1 are damaged or missing", where=str(weights), expected="the file whose checksum the card states", do="install capnb again")
+    whole_weights(folder)
     dual = load_dual_encoder(str(folder))
     dual.name = "clip-tiny"
     return dual

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..core.errors import ConfigError, DataError, require
-from .captioner import method_of, pictures, same_names
+from .captioner import Captioner, method_of, pictures
 
 # %% ../../nbs/models/20_dual.ipynb #32d99560
 @dataclass
@@ -169,20 +169,7 @@ def preprocess(self,
         images = torch.stack([x if isinstance(x, torch.Tensor) else self._pixels(x) for x in pictures(images)])
     return images.to(self.device, self.dtype)
 
-@method_of(DualEncoder)
-def train_state(self) -> dict:
-    "Copies of the tensors that are being trained, by name."
-    return {n: p.detach().cpu().clone() for n, p in self.named_parameters() if p.requires_grad}
-
-@method_of(DualEncoder)
-def load_train_state(self,
-    state: dict,  # name -> tensor
-):
-    "Put back what `train_state` gave."
-    own = {n: p for n, p in self.named_parameters() if p.requires_grad}
-    same_names(own, state)
-    with torch.no_grad():
-        for n, p in own.items(): p.copy_(state[n])
+DualEncoder.train_state, DualEncoder.load_train_state = Captioner.train_state, Captioner.load_train_state
 
 # %% ../../nbs/models/20_dual.ipynb #3d159411
 def alone(

@@ -9,9 +9,8 @@ __all__ = ['PIPCLIP', 'load_minilm', 'build_pipclip', 'toy_pipclip', 'pipclip_ca
 from pathlib import Path
 import torch
 from torch import nn
-from ..core.errors import DataError
 from ..core.fetch import part_file
-from ..core.files import read_json, sha256
+from ..core.shipped import WEIGHTS, shipped_card, whole_weights
 from .dual_more import Joined, TwoTowers
 from .lite0 import WIDTH, Lite0, Lite0Pixels, load_lite0
 from .load import quiet
@@ -55,13 +54,13 @@ def toy_pipclip(
     return build_pipclip(Lite0(), text, tokenizer)
 
 # %% ../../nbs/models/43_pipclip.ipynb #c04f6679
-PIPCLIP = Path(__file__).parent/'weights'/'pipclip-1' if '__file__' in globals() else Path('../../capnb/models/weights/pipclip-1')
+PIPCLIP = WEIGHTS/'pipclip-1'
 
 def pipclip_card(
     folder=PIPCLIP # where the projections are
 )->dict: # name, sha256, recipe, scores ...
     "The card of `pipclip`"
-    return read_json(Path(folder)/'model.json')
+    return shipped_card(folder)
 
 def load_pipclip(
     folder=PIPCLIP, # projections and card
@@ -69,7 +68,5 @@ def load_pipclip(
     text=None # folder or a hub's name of MiniLM; None: the fetched part
 )->TwoTowers: # towers frozen
     "The dual encoder `pipclip`. Raises `DataError` when parts were not fetched, or when the projections are damaged"
-    file = Path(folder)/'model.safetensors'
-    if not file.is_file() or sha256(file)!=pipclip_card(folder)['sha256']:
-        raise DataError('The projections of pipclip are damaged or missing', where=str(file), expected='the file whose checksum the card states', do='install capnb again')
+    whole_weights(folder)
     return build_pipclip(load_lite0(vision), *load_minilm(text)).load(folder)

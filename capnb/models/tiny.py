@@ -7,28 +7,25 @@ __all__ = ['TINY', 'tiny_card', 'load_tiny']
 
 # %% ../../nbs/models/10_tiny.ipynb #6993caa2
 from pathlib import Path
-from ..core.errors import DataError
-from ..core.files import read_json, sha256
+from ..core.shipped import WEIGHTS, shipped_card, whole_weights
 from .captioner import Captioner
 from .load import load_captioner
 
 # %% ../../nbs/models/10_tiny.ipynb #66adc75b
-TINY = Path(__file__).parent/"weights"/"tiny-1" if "__file__" in globals() else Path("../../capnb/models/weights/tiny-1")
+TINY = WEIGHTS/"tiny-1"
 
 def tiny_card(
     folder:Path=TINY, # where the weights are
 )->dict: # name, sha256, recipe, scenes, tokenizer, seed, scores ...
     "The card of `tiny@1`."
-    return read_json(Path(folder)/"model.json")
+    return shipped_card(folder)
 
 # %% ../../nbs/models/10_tiny.ipynb #f2813311
 def load_tiny(
     folder:Path=TINY, # where the weights are
 )->Captioner:
     "The captioner `tiny@1`. Raises `DataError` when the weights are not those of the card."
-    weights = Path(folder)/"model.safetensors"
-    if not weights.is_file() or sha256(weights) != tiny_card(folder)["sha256"]:
-        raise DataError("the weights of tiny@1 are damaged or missing", where=str(weights), expected="the file whose checksum the card states", do="install capnb again")
+    whole_weights(folder)
     captioner = load_captioner(str(folder))
     captioner.name = "tiny"
     return captioner
