@@ -8,6 +8,7 @@ from capnb.data.scenes import Scenes
 from capnb.models.captioner import fingerprint
 from capnb.models.features import CLASSICAL, caption_tokenizer, load_classical, toy_pairs
 from capnb.models.load import load_captioner
+from capnb.models.load import load_captioner
 from capnb.train.config import TrainConfig
 from capnb.train.loop import Interrupted, stop_training, train
 from capnb.train.objective import caption_loss
@@ -111,7 +112,7 @@ def test_only_caption_tokens_count(case):
 def test_saved_and_loaded_is_the_same(case, tmp_path):
     c = loud(build(case)); c.save(tmp_path)
     assert not [p.name for p in tmp_path.iterdir() if p.suffix not in (".json", ".safetensors")]
-    again = load_classical(tmp_path)
+    again = load_captioner(tmp_path)  # told by classical.json
     assert fingerprint(again.model) == fingerprint(c.model) and again.name == c.name and again.model.recipe == c.model.recipe
     assert again.caption(SETS, max_new_tokens=6) == c.caption(SETS, max_new_tokens=6)
     batch = c.collate(PAIRS); assert torch.equal(again(batch).loss, c(batch).loss)
