@@ -159,6 +159,8 @@ class Inputs(NamedTuple):
     reference_tokens:list # Tokenized references
     truth:list|None # What is known of each image, for metrics that read it
     settings:dict # What defines the values; metrics add theirs
+    images:object=None # Pictures for metrics that look: list, dict by id, or `CaptionDataset`
+    encoder:object=None # Dual encoder or its name, for metrics that look; None: the shipped one
 
 class Measure(NamedTuple):
     "A metric's values."
