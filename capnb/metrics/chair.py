@@ -12,7 +12,7 @@ from ..core.errors import MetricError, did_you_mean
 from .coco_scorers import Inputs, Measure
 from ..text.words import words
 
-# %% ../../nbs/metrics/12_chair.ipynb #a2445294
+# %% ../../nbs/metrics/12_chair.ipynb #8add0f61
 _LIVING = """
 person, human, man, woman, boy, girl, child, kid, baby, toddler, infant, adult, teenager, teen, lady, guy, gentleman, fellow, male, female, individual, player, batter, pitcher, catcher, umpire, referee, skier, snowboarder, surfer, skateboarder, skater, rider, cyclist, bicyclist, biker, motorcyclist, jockey, cowboy, swimmer, runner, golfer, athlete, pedestrian, tourist, passenger, driver, customer, vendor, worker, farmer, fisherman, fireman, firefighter, policeman, police officer, officer, soldier, chef, waiter, waitress, student, teacher, spectator, bride, groom, mother, father, mom, dad, son, daughter, brother, sister, friend, businessman, businesswoman, clown
 bird, seagull, gull, goose, gosling, duck, duckling, swan, pigeon, dove, sparrow, robin, finch, crow, raven, magpie, owl, eagle, hawk, falcon, vulture, parrot, parakeet, cockatoo, macaw, pelican, heron, egret, stork, flamingo, penguin, ostrich, peacock, pheasant, rooster, woodpecker, hummingbird, bluebird, blackbird, seabird, puffin, cormorant, osprey, kingfisher, mallard
@@ -80,7 +80,7 @@ chair, seat, stool, armchair, rocking chair, high chair, recliner, barstool
 couch, sofa, loveseat, futon, settee
 potted plant, houseplant, house plant
 bed
-dining table, table, desk, dinner table, kitchen table, coffee table
+dining table, table, dinner table, kitchen table, coffee table
 toilet, commode, urinal
 tv, television, tv set, television set, monitor, computer monitor, computer screen, flat screen
 laptop, laptop computer, computer, netbook, macbook, notebook computer
@@ -103,8 +103,8 @@ toothbrush, tooth brush
 """
 CLASSES = {names[0]: names for group in (_LIVING, _VEHICLES, _STREET, _INSIDE) for line in group.strip().splitlines() for names in [line.split(", ")]}
 
-# %% ../../nbs/metrics/12_chair.ipynb #9938d8eb
-_NOT = """home plate, train track, train station, train platform, train yard, bus stop, bus station, car seat, bicycle seat, bike rack, bike lane, toilet seat=toilet, toilet paper, dog house, doghouse, dog food, dog bed, dog collar, cat food, bird house, birdhouse, bird feeder, bird cage, bear claw, boat dock, boat house, boat ramp, chair lift, ski lift, ski lodge, ski resort, ski slope, ski suit, ski pole, ski jacket, bed spread, bedspread, flower bed, truck bed, river bed, tennis court, book shelf, book case, book store, table cloth, tablecloth, pool table, cow boy=person, horse shoe, cutting board, key board=keyboard, cup board, cake stand, cake pan, pizza box, pizza oven=oven, pizza cutter, pizza pan, pizza parlor, apple juice, orange juice, apple tree, orange tree, carrot cake=cake, banana bread, banana split, banana tree, knife block, sink faucet, toaster oven=oven, seat belt, back seat, clock face=clock, phone booth, parking lot, bottle opener, bottle cap, bowl cut, fork lift, forklift, sheep dog=dog, cat fish, catfish, horse fly, sea horse, seahorse, polar bear=bear, grizzly bear=bear, panda bear=bear, mountain bike=bicycle, exercise bike, bath mat, police car=car, race car=car, toy car=car, cable car, street car=train, streetcar=train, cart horse=horse, baseball player=person, tennis player=person, soccer player=person, ball player=person, football player=person, basketball player=person, football game, football field, basketball court, basketball game, bus driver=person, truck driver=person, boat race, kite string, computer desk=dining table, desk top=laptop, computer mouse=mouse, mickey mouse, mouse pad, mousepad, television stand, tv stand, tv show, phone call"""
+# %% ../../nbs/metrics/12_chair.ipynb #0fcc3301
+_NOT = """home plate, train track, train station, train platform, train yard, bus stop, bus station, car seat, bicycle seat, bike rack, bike lane, toilet seat=toilet, toilet paper, dog house, doghouse, dog food, dog bed, dog collar, cat food, bird house, birdhouse, bird feeder, bird cage, bear claw, boat dock, boat house, boat ramp, chair lift, ski lift, ski lodge, ski resort, ski slope, ski suit, ski pole, ski jacket, bed spread, bedspread, flower bed, truck bed, river bed, tennis court, book shelf, book case, book store, table cloth, tablecloth, pool table, cow boy=person, horse shoe, cutting board, key board=keyboard, cup board, cake stand, cake pan, pizza box, pizza oven=oven, pizza cutter, pizza pan, pizza parlor, apple juice, orange juice, apple tree, orange tree, carrot cake=cake, banana bread, banana split, banana tree, knife block, sink faucet, toaster oven=oven, seat belt, back seat, clock face=clock, phone booth, parking lot, bottle opener, bottle cap, bowl cut, fork lift, forklift, sheep dog=dog, cat fish, catfish, horse fly, sea horse, seahorse, polar bear=bear, grizzly bear=bear, panda bear=bear, mountain bike=bicycle, exercise bike, bath mat, police car=car, race car=car, toy car=car, cable car, street car=train, streetcar=train, cart horse=horse, baseball player=person, tennis player=person, soccer player=person, ball player=person, football player=person, basketball player=person, football game, football field, basketball court, basketball game, bus driver=person, truck driver=person, boat race, kite string, computer desk, computer chair=chair, office chair=chair, desk chair=chair, computer room, bed room, desk top=laptop, computer mouse=mouse, mickey mouse, mouse pad, mousepad, television stand, tv stand, tv show, phone call"""
 _FRUIT = re.compile(r"^(?:and|or|on|in|at|is|are|next|with|to|of|sitting|sits|that|which|from|near|by|slice|slices|half|halves|peel|peels|wedge|wedges|fruit)$")
 _IRREGULAR = {"person": "people persons", "man": "men", "woman": "women", "child": "children", "foot": "feet", "goose": "geese", "mouse": "mice", "knife": "knives", "calf": "calves",
               "ox": "oxen", "sheep": "sheep", "cattle": "cattle", "luggage": "luggage", "baggage": "baggage", "aircraft": "aircraft", "scissors": "scissors", "skis": "skis", "shears": "shears", "bus": "buses busses", "bison": "bison"}
@@ -122,11 +122,15 @@ def forms(
     else: many = [last + "s"]
     return {" ".join([*first, w]) for w in [last, *many]}
 
-# %% ../../nbs/metrics/12_chair.ipynb #33f205b9
+# %% ../../nbs/metrics/12_chair.ipynb #b9d6f85f
 _MEANS = {tuple(f.split()): c for c, names in CLASSES.items() for n in names for f in forms(n)}
 for entry in _NOT.split(", "):
     phrase, _, meant = entry.partition("=")
     for f in forms(phrase): _MEANS[tuple(f.split())] = meant or None
+_ANIMALS = list(CLASSES)[1:11]
+for c in _ANIMALS:
+    for f in {f for n in CLASSES[c] for f in forms(n)}:
+        _MEANS |= {(young, *f.split()): c for young in ("baby", "adult", "male", "female")} | {("stuffed", *f.split()): "teddy bear" if c == "bear" else None}
 _LONGEST = max(map(len, _MEANS))
 
 def coco_objects(

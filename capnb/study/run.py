@@ -153,9 +153,8 @@ def score_domain(
     meteor:bool=True # with METEOR, if nothing else is said
 )->Scores: # of this domain
     "Scores of the captions of one domain"
-    names = metrics
-    if names is None and not meteor: names = [m for m in METRICS.names() if m not in ('meteor','scenes','scene_kinds')]
-    truth = domain.truth()
+    names,truth = metrics,domain.truth()
+    if names is None and not meteor: names = [m for m in named_metrics(None, truth) if m not in ('meteor','spice','scenes')] # what is quick
     if names is not None: names = [m for m in names if m!='scenes' or truth] + ['scenes']*(bool(truth) and 'scenes' not in names)
     return score_captions(captions, domain.references(), names, truth=truth)
 
