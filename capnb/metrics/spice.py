@@ -104,7 +104,7 @@ def f1(
     P, Q = m/c if c else 0., m/r if r else 0.
     return P, Q, 2*P*Q/(P + Q) if m else 0.
 
-# %% ../../nbs/metrics/10_spice.ipynb #fd2f54ee
+# %% ../../nbs/metrics/10_spice.ipynb #5bece741
 KINDS = {"object": "object", "attribute": "attribute colour size count", "relation": "relation", "colour": "colour", "count": "count", "size": "size"}
 
 def _each(values):
@@ -126,7 +126,9 @@ def spice(
     P, Q, F = zip(*(f1(*map(len, row)) for row in rows))
     zero = lambda v: [0. if i is None else i for i in v]
     out = {"SPICE": _each(zero(F)), "SPICE precision": _each(zero(P)), "SPICE recall": _each(zero(Q))}
-    for name, of in KINDS.items(): out[f"SPICE {name}"] = _each([f1(*(sum(k in of.split() for k in part) for part in row))[2] for row in rows])
+    for name, of in KINDS.items():
+        each = [f1(*(sum(k in of.split() for k in part) for part in row))[2] for row in rows]
+        if any(v is not None for v in each): out[f"SPICE {name}"] = _each(each)
     return out
 
 # %% ../../nbs/metrics/10_spice.ipynb #55c8fcb2
