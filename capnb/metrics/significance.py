@@ -9,7 +9,7 @@ __all__ = ['counts_of', 'pooled', 'Interval', 'bootstrap', 'paired_bootstrap', '
 from typing import NamedTuple
 import numpy as np
 from ..core.errors import MetricError
-from .coco_scorers import Measure, pool_bleu, pool_meteor
+from .inputs import Measure, pool_bleu, pool_meteor
 
 # %% ../../nbs/metrics/02_significance.ipynb #0a58423f
 def _ratio(c): return c[..., 0]/np.where(c[..., 1] == 0, np.nan, c[..., 1])

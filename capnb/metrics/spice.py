@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'SIZES', 'KINDS', 'Tuples', 'tuples', 'kind', 'merged', 'm
 # %% ../../nbs/metrics/10_spice.ipynb #0f811ec6
 from typing import NamedTuple
 import numpy as np
-from .coco_scorers import Inputs, Measure
+from .inputs import Inputs, Measure
 from ..text.parse import parse
 from ..text.synonyms import Synonyms
 

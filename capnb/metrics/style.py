@@ -7,7 +7,7 @@ __all__ = ['length', 'variety', 'repetition', 'style', 'style_in_words']
 
 # %% ../../nbs/metrics/01_style.ipynb #edaf631d
 import numpy as np
-from .coco_scorers import Inputs, Measure
+from .inputs import Inputs, Measure
 
 # %% ../../nbs/metrics/01_style.ipynb #99ecf7d9
 def length(

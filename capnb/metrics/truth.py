@@ -9,7 +9,7 @@ __all__ = ['shares', 'readings', 'scenes', 'scene_kinds']
 import numpy as np
 from ..core.errors import MetricError
 from ..data.scene_oracle import read_caption
-from .coco_scorers import Inputs, Measure
+from .inputs import Inputs, Measure
 
 # %% ../../nbs/metrics/04_truth.ipynb #65b70950
 def _share(part, rest):

@@ -15,7 +15,7 @@ import numpy as np
 from ..core.errors import DataError
 from ..core.files import read_json
 from ..core.results import load_results
-from ..metrics.coco_scorers import Measure
+from ..metrics.inputs import Measure
 from ..metrics.scores import Scores
 from ..metrics.significance import counts_of, two_level
 

@@ -15,7 +15,7 @@ from ..core.errors import CapnbError, ConfigError, did_you_mean
 from ..core.files import append_line, plain, read_json, read_lines, write_json
 from ..core.results import new_result, save_result
 from ..data.scene_oracle import read_caption
-from ..metrics.coco_scorers import prepare
+from ..metrics.inputs import prepare
 from ..metrics.scores import METRICS, Scores, named_metrics, score_captions
 from ..models.captioner import FeatureCache
 from ..models.load import load_captioner
