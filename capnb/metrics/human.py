@@ -21,14 +21,14 @@ from ..core.page import Page
 from ..data.records import open_image
 from ..text.words import sanitize
 
-# %% ../../nbs/metrics/20_human.ipynb #fa7134e0
+# %% ../../nbs/metrics/20_human.ipynb #4addd9a8
 class Question(NamedTuple):
     "One question about an item."
     key:str # Short name, a column of the results
     text:str # What raters read
     choices:tuple # `((value, label), ...)` in the order shown
 
-SIDES = (("left", "Left"), ("tie", "About the same"), ("right", "Right"))
+SIDES = (("left", "A"), ("tie", "About the same"), ("right", "B"))  # on a phone the two stand one above the other
 
 def scale(
     low:str, # What 1 means
@@ -108,7 +108,7 @@ def _by_id(captions, name):
     if len(out) != len(captions): raise DataError(f"{name!r} has two captions for one image", expected="one caption per image")
     return out
 
-# %% ../../nbs/metrics/20_human.ipynb #06ff627c
+# %% ../../nbs/metrics/20_human.ipynb #61d5e154
 class Study:
     "Questions, items and pictures of a study, and who is who in it."
     def __init__(self,
@@ -128,9 +128,9 @@ class Study:
     def __repr__(self): return f"{self.kind} study of {len(self.items)} items with {len(self.questions)} questions each"
 
 _INSTRUCTIONS = {
-    "pairwise": "You see a picture and two captions. Choose the better one for each question, or “About the same”. The captions come from different sources in random order.",
+    "pairwise": "You see a picture and two captions, A and B. Choose the better one for each question, or “About the same”. The captions come from different sources in random order.",
     "likert": "You see a picture and a caption. Answer each question from 1 to 5; 5 is best. Judge each caption for itself.",
-    "contrastive": "You see a picture with a caption that a program wrote, and two sets of examples the program may have learned from. Choose the set that explains better why the caption says what it says."}
+    "contrastive": "You see a picture with a caption that a program wrote, and two sets of examples, A and B, that the program may have learned from. Choose the set that explains better why the caption says what it says."}
 
 # %% ../../nbs/metrics/20_human.ipynb #63153484
 def _generator(*of): return random.Random(" ".join(map(str, of)))
@@ -150,7 +150,7 @@ def _balanced(rng, n):
     rng.shuffle(flags)
     return flags
 
-# %% ../../nbs/metrics/20_human.ipynb #c57146ac
+# %% ../../nbs/metrics/20_human.ipynb #05d8831b
 def attention_checks(
     kind:str, # Of the study
     n:int, # How many
@@ -161,8 +161,8 @@ def attention_checks(
     if kind == "likert":
         asked = [rng.randint(1, 5) for _ in range(n)]
         return [Item(draw(), None, caption=f"This item checks that captions are read. Please choose {k} for every question.", method="check", expected=k) for k in asked]
-    texts = (("yes", (("", "This item checks that captions are read. Please choose this side for every question."),)),
-             ("no", (("", "This item checks that captions are read. Please choose the other side for every question."),)))
+    texts = (("yes", (("", "This item checks that captions are read. Please choose this one for every question."),)),
+             ("no", (("", "This item checks that captions are read. Please choose the other one for every question."),)))
     return [Item(draw(), None, sides=texts, expected="yes") for _ in range(n)]
 
 # %% ../../nbs/metrics/20_human.ipynb #ffd1b87c
@@ -247,14 +247,14 @@ def _payload(study, version):
     sides = {i.id: i.sides[first[i.id]][0] for i in study.items if i.sides}
     return {"version": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12], **data}, sides
 
-# %% ../../nbs/metrics/20_human.ipynb #5055c9a8
+# %% ../../nbs/metrics/20_human.ipynb #cbb43735
 _STYLE = '''
 main>section{max-width:64rem}main [hidden]{display:none!important}
 #item h2,#start h2,#end h2{border:0;margin:.2rem 0 .6rem;padding:0}
-#stage{max-width:none}#stage>img{display:block;max-height:46vh;width:auto;margin:0 0 1rem}
+h2[tabindex]:focus{outline:none}#stage{max-width:none}#stage>img{display:block;height:min(44vh,22rem);width:auto;object-fit:contain;margin:0 0 1rem}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr));gap:1.2rem 2rem}
 .two>section{min-width:0;max-width:none;border-top:3px solid var(--c1);padding-top:.4rem}.two>section+section{border-top-color:var(--c2)}
-.two h3{margin:.2rem 0 .4rem}.two img{max-height:24vh;width:auto}
+.two h3{margin:.2rem 0 .4rem}.two img{height:min(24vh,11rem);width:auto;object-fit:contain}
 .caption{font-size:1.18rem;line-height:1.45;margin:.3rem 0 1rem;unicode-bidi:isolate}
 fieldset{border:1px solid var(--rule);border-radius:6px;margin:1rem 0;padding:.5rem 1rem .8rem;max-width:none}
 legend{font:600 1rem/1.4 var(--sans);padding:0 .4rem}
@@ -350,7 +350,7 @@ function load(text) {
 }
 '''
 
-# %% ../../nbs/metrics/20_human.ipynb #d5c92ec7
+# %% ../../nbs/metrics/20_human.ipynb #6df5e252
 _ITEM = r'''
 function picture(name, alt) { return make('img', '', {src: S.pictures[name], alt, decoding: 'async'}); }
 function example(e, n) {
@@ -360,7 +360,7 @@ function stage(i) {
   const out = [i.picture && picture(i.picture, 'The picture this item is about'), i.caption && make('p', i.caption, {class: 'caption', dir: 'auto'})].filter(Boolean);
   if (!i.left) return out;
   const two = make('div', '', {class: 'two'});
-  for (const [side, name] of [['left', 'Left'], ['right', 'Right']]) {
+  for (const [side, name] of [['left', 'A'], ['right', 'B']]) {
     const box = make('section', '', {'aria-label': name});
     box.append(make('h3', name), ...i[side].flatMap(example)); two.append(box);
   }
