@@ -6,9 +6,10 @@
 __all__ = ['Page', 'page_html']
 
 # %% ../../nbs/core/08_page.ipynb #f2161c2d
-import re
+import base64, hashlib, re
 from pathlib import Path
 import capnb
+from .errors import ConfigError
 from .files import atomic_write
 from .figures import COLOURS, INK, RULE, figure_svg, new_figure, plot_style, plotting
 from .markup import (MARKS, Html, bullets, card, code, details, esc, facts, figure, grid, image, image_uri, interval,
@@ -114,6 +115,12 @@ details:not([open])::details-content{content-visibility:visible;block-size:auto}
 # %% ../../nbs/core/08_page.ipynb #dfd486d8
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
+def _policy(program):
+    "What the page may do; of scripts only `program`, which is named by its hash"
+    if not program: return _POLICY
+    if '</' in program or '<!--' in program: raise ConfigError("The program of a page holds '</' or '<!--', where a browser would end it")
+    return f"{_POLICY}; script-src 'sha256-{base64.b64encode(hashlib.sha256(program.encode()).digest()).decode()}'"
+
 def _slug(title, taken):
     "An id for a heading, not among `taken`"
     base = re.sub(r'[^a-z0-9]+', '-', re.sub('<[^>]*>', '', str(title)).lower()).strip('-') or 'section'
@@ -132,8 +139,10 @@ class Page:
         title:str, # what the page is about, also the window's title
         lead=None, # the answer in a sentence or two, set large
         byline=None, # who, when, with what; set small
-        lang:str='en'): # language of the text
-        self.title,self.lead,self.byline,self.lang = title,lead,byline,lang
+        lang:str='en', # language of the text
+        program:str=None, # JavaScript for a page that is worked with, such as a questionnaire; None: no script runs
+        style:str=''): # rules added to the style
+        self.title,self.lead,self.byline,self.lang,self.program,self.style = title,lead,byline,lang,program,style
         self.sections,self.parts = {},[]
 
     def add(self,
@@ -171,15 +180,16 @@ def page_html(
     page:Page # title, lead, byline, parts
 )->str: # from <!doctype html> to </html>
     "The whole document of `page`, with its style and its policy"
-    css = re.sub(r'\n', '', _CSS_BASE + _CSS_FRAME + _CSS_TABLE + _CSS_BLOCKS)
+    css = re.sub(r'\n', '', _CSS_BASE + _CSS_FRAME + _CSS_TABLE + _CSS_BLOCKS + page.style)
     head = tag('head', tag('meta', charset='utf-8'), tag('meta', name_='viewport', content='width=device-width, initial-scale=1'),
-        tag('meta', http_equiv='Content-Security-Policy', content=_POLICY),
+        tag('meta', http_equiv='Content-Security-Policy', content=_policy(page.program)),
         tag('meta', name_='generator', content=f'capnb {capnb.__version__}'), tag('title', page.title), tag('style', Html(css)))
     top = tag('header', tag('h1', page.title), tag('p', page.lead, cls='lead') if page.lead else '',
               tag('p', page.byline, cls='byline') if page.byline else '')
     links = [tag('a', t, href=f'#{i}') for i,t in page.sections.items()]
     toc = tag('nav', bullets(links, ordered=True), aria_label='Contents')
     show = len(page.sections) > 2
-    foot = tag('footer', f'Made with capnb {capnb.__version__}. This file is complete: it loads nothing and runs no script.')
+    foot = tag('footer', f'Made with capnb {capnb.__version__}. This file is complete: it loads nothing and ' + ('sends nothing.' if page.program else 'runs no script.'))
     body = tag('div', top, toc if show else '', tag('main', *page.parts), foot, cls='frame toc' if show else 'frame')
+    if page.program: body += tag('script', Html(page.program))
     return f"<!doctype html>\n{tag('html', head, chr(10), tag('body', body), lang=page.lang)}\n"
