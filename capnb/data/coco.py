@@ -205,6 +205,7 @@ class CocoBuilder:
         domain:str=''): # domain of the records
         self.path,self.root,self.faults,self.domain = path,root,faults,domain
         self.columns,self.rows,self.taken = Columns(root),{},array('q')  # rows: image id -> row, None when left out
+        self.excused = set()  # rows whose captions were left out on purpose
 
     def image(self,
         n:int, # place in the list, 0 is the first
@@ -266,12 +267,15 @@ def drop_repeated(
 def with_captions(
     store:ClosedColumns, # all records
     path, # file or folder, for errors
-    faults:Faults # raises or counts
+    faults:Faults, # raises or counts
+    excused=() # rows whose captions were left out on purpose: counted, no fault
 )->CaptionDataset: # the records that have a caption
     "Leave out records without a caption"
     counts = np.diff(store.first.astype(np.int64))
     for row in np.flatnonzero(counts == 0).tolist():
-        faults('image without a caption', 'The image has no caption', f'{path}, image {store.id(row)!r}, {store.image(row)}')
+        where = f'{path}, image {store.id(row)!r}, {store.image(row)}'
+        if row in excused: faults.skipped.add('image without a caption that is left', where)
+        else: faults('image without a caption', 'The image has no caption', where)
     if not counts.any(): raise no_records(path, faults.skipped)
     return CaptionDataset(store, None if counts.all() else np.flatnonzero(counts), faults.skipped)
 
@@ -381,7 +385,7 @@ def build_coco(
     store = ClosedColumns(b.columns)
     if not len(store): raise no_records(b.path, b.faults.skipped)
     if instances is not None: store.truths = read_instances(instances, b.rows, len(store), b.faults)
-    return with_captions(store, b.path, b.faults)
+    return with_captions(store, b.path, b.faults, b.excused)
 
 def finish(
     data:CaptionDataset, # what was read

@@ -81,7 +81,14 @@ READERS = Registry('reader', {
     'scenes': 'capnb.data.scenes:read_scenes',
     'coco': 'capnb.data.load:coco_spec',
     'folder': 'capnb.data.load:folder_spec',
-    'emoji': 'capnb.data.emoji:read_emoji'}, group='capnb.readers')
+    'emoji': 'capnb.data.emoji:read_emoji',
+    'karpathy': 'capnb.data.karpathy:karpathy_spec',
+    'nocaps': 'capnb.data.nocaps:nocaps_spec',
+    'textcaps': 'capnb.data.textcaps:textcaps_spec',
+    'vizwiz': 'capnb.data.vizwiz:vizwiz_spec',
+    'flickr': 'capnb.data.flickr:flickr_spec',
+    'conceptual': 'capnb.data.conceptual:conceptual_spec',
+    'datasets': 'capnb.data.hub:hub_spec'}, group='capnb.readers')
 
 # %% ../../nbs/data/03_load.ipynb #aad298fd
 def load_data(
