@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['open_text', 'not_utf8', 'JsonStream', 'JsonReader', 'json_items', 'find_image', 'images_folder', 'wrong_shape',
-           'CocoBuilder', 'with_captions', 'ObjectColumn', 'read_instances', 'read_coco', 'finish']
+           'CocoBuilder', 'drop_repeated', 'with_captions', 'ObjectColumn', 'read_instances', 'json_members',
+           'read_coco', 'build_coco', 'finish']
 
 # %% ../../nbs/data/01_coco.ipynb #16e39742
 import json, os, re
@@ -204,6 +205,7 @@ class CocoBuilder:
         domain:str=''): # domain of the records
         self.path,self.root,self.faults,self.domain = path,root,faults,domain
         self.columns,self.rows,self.taken = Columns(root),{},array('q')  # rows: image id -> row, None when left out
+        self.excused = set()  # rows whose captions were left out on purpose
 
     def image(self,
         n:int, # place in the list, 0 is the first
@@ -218,7 +220,20 @@ class CocoBuilder:
         path,problem = find_image(self.root, entry.get('file_name'))
         self.rows[id] = None if problem else len(self.columns.ids)
         if problem: return self.faults(*problem, where)
-        self.columns.add(Record(id, path, [], self.domain))
+        self.columns.add(self.record(id, path, entry))
+
+    def record(self,
+        id, # int or str
+        path:str, # relative to the images folder
+        entry:dict): # element of `images`
+        "The record of a good image; what other sets write into the element goes in here"
+        return Record(id, path, [], self.domain)
+
+    def wanted(self,
+        entry:dict, # element of `annotations`
+        where:str): # file and element
+        "Whether a good annotation is used; other sets mark some as unfit"
+        return True
 
     def caption(self,
         n:int, # place in the list, 0 is the first
@@ -230,6 +245,7 @@ class CocoBuilder:
         where += f', image_id {image!r}'
         if not is_id(image) or image not in self.rows:
             return self.faults('caption for an unknown image', f'The caption belongs to the image {image!r}, which is not in the list of images', where)
+        if not self.wanted(entry, where): return
         problem = caption_fault(entry.get('caption'))
         if problem: return self.faults(*problem, where)
         if self.rows[image] is None: return
@@ -237,7 +253,8 @@ class CocoBuilder:
         self.columns.add_caption(self.rows[image], entry['caption'])
 
 # %% ../../nbs/data/01_coco.ipynb #655659c7
-def _drop_repeated(b):
+def drop_repeated(
+    b): # `CocoBuilder`, or what has its `taken`, `columns`, `faults` and `path`
     "Report captions whose annotation id was used before"
     ids = np.array(b.taken, dtype=np.int64)
     order = np.argsort(ids, kind='stable')
@@ -250,12 +267,15 @@ def _drop_repeated(b):
 def with_captions(
     store:ClosedColumns, # all records
     path, # file or folder, for errors
-    faults:Faults # raises or counts
+    faults:Faults, # raises or counts
+    excused=() # rows whose captions were left out on purpose: counted, no fault
 )->CaptionDataset: # the records that have a caption
     "Leave out records without a caption"
     counts = np.diff(store.first.astype(np.int64))
     for row in np.flatnonzero(counts == 0).tolist():
-        faults('image without a caption', 'The image has no caption', f'{path}, image {store.id(row)!r}, {store.image(row)}')
+        where = f'{path}, image {store.id(row)!r}, {store.image(row)}'
+        if row in excused: faults.skipped.add('image without a caption that is left', where)
+        else: faults('image without a caption', 'The image has no caption', where)
     if not counts.any(): raise no_records(path, faults.skipped)
     return CaptionDataset(store, None if counts.all() else np.flatnonzero(counts), faults.skipped)
 
@@ -293,7 +313,7 @@ def read_instances(
 )->ObjectColumn: # objects of the rows
     "The objects of the images in `rows`"
     column,strange = ObjectColumn(),0
-    for key,i,value in _members(path, faults):
+    for key,i,value in json_members(path, faults):
         where = f'{path}, {key}[{i}]'
         if key not in ('annotations', 'categories') or i is None: continue
         if i == 0 and key == 'annotations' and isinstance(value, dict) and 'bbox' not in value:
@@ -326,7 +346,10 @@ def _add_object(column, rows, value, where, faults):
     if not _is_number(category): return faults('unknown category', f'The category id is not a whole number: {category!r}', where)
     column.add(rows[value['image_id']], category, box, value.get('iscrowd'))
 
-def _members(path, faults):
+def json_members(
+    path, # JSON file
+    faults:Faults # raises or counts
+): # yields (member or None, number or None, value)
     "`json_items`, where a broken rest of the file is reported to `faults`"
     try: yield from json_items(path)
     except DataError as e:
@@ -345,18 +368,24 @@ def read_coco(
     "Captioned images in COCO's form; `truth` has the objects when `instances` are given"
     open_text(captions_json).close()
     b = CocoBuilder(captions_json, images_folder(images_dir), Faults(on_error), domain)
+    return finish(build_coco(b, instances), on_error, check_images, captions_json)
+
+def build_coco(
+    b:CocoBuilder, # knows file, folder and what to do about faults
+    instances=None # JSON of instances (boxes), for `truth`
+)->CaptionDataset: # the records that have a caption
+    "Fill the builder from its file"
     seen,late = _read_captions(b)
     if not {'images', 'annotations'} <= set(seen):
-        raise no_records(captions_json, b.faults.skipped) if b.faults.skipped['broken JSON'] else wrong_shape(captions_json, seen)
+        raise no_records(b.path, b.faults.skipped) if b.faults.skipped['broken JSON'] else wrong_shape(b.path, seen)
     if late:
-        for key,n,value in _members(captions_json, Faults('skip')):
+        for key,n,value in json_members(b.path, Faults('skip')):
             if key == 'annotations' and n is not None: b.caption(n, value)
-    _drop_repeated(b)
+    drop_repeated(b)
     store = ClosedColumns(b.columns)
-    if not len(store): raise no_records(captions_json, b.faults.skipped)
+    if not len(store): raise no_records(b.path, b.faults.skipped)
     if instances is not None: store.truths = read_instances(instances, b.rows, len(store), b.faults)
-    data = with_captions(store, captions_json, b.faults)
-    return finish(data, on_error, check_images, captions_json)
+    return with_captions(store, b.path, b.faults, b.excused)
 
 def finish(
     data:CaptionDataset, # what was read
@@ -373,7 +402,7 @@ def finish(
 def _read_captions(b):
     "First pass over a captions file: names of its members, and whether captions stood before the images"
     seen,late = set(),False
-    for key,n,value in _members(b.path, b.faults):
+    for key,n,value in json_members(b.path, b.faults):
         if key is None and n is not None: raise wrong_shape(b.path, None, value)
         if n is None:
             if key in ('images', 'annotations') and value != []: raise DataError(f'{key!r} is not a list but {type(value).__name__}', b.path, _SHAPE)

@@ -151,20 +151,19 @@ def report(
 # %% ../../nbs/study/07_cli.ipynb #c9c119a6
 def data_summary(
     data # `CaptionDataset`
-)->dict: # what is in it
-    "Counts and lengths of a captioned dataset"
-    from capnb.text.words import words
-    captions = [c for i in range(len(data)) for c in data.captions(i)]
-    lengths = [len(words(c)) for c in captions]
-    return dict(images=len(data), captions=len(captions), captions_per_image=round(len(captions)/max(len(data), 1), 2), words_per_caption=round(sum(lengths)/max(len(lengths), 1), 1),
-                distinct_words=len({w for c in captions for w in words(c)}), domains=data.domains, skipped=str(data.skipped) if data.skipped else 'none')
+)->dict: # what is in it, as `capnb.data.look.data_statistics` counts it
+    "Counts, splits, domains and lengths of a captioned dataset"
+    from capnb.data.look import data_statistics
+    return data_statistics(data)
 
 def data_command(
     p # parser of the sub-command
 ): # function of the parsed arguments
     "Arguments of `capnb data`"
-    p.add_argument('spec', metavar='SPEC', help='scenes | coco:CAPTIONS.json:IMAGES | folder:PATH')
+    p.add_argument('spec', metavar='SPEC', help='scenes | coco:CAPTIONS.json:IMAGES | folder:PATH | karpathy: nocaps: textcaps: vizwiz: flickr: conceptual: FILE:IMAGES | datasets:PATH; @val at the end takes one split')
     p.add_argument('--skip-bad', action='store_true', help='leave out and count bad records instead of stopping at the first')
+    p.add_argument('--html', metavar='FILE', help='write a page with the numbers and with examples as pictures')
+    p.add_argument('--examples', type=int, metavar='N', help='examples: at most N on the page (default: 24), or N on the screen (default: 3)')
     return data
 
 def data(
@@ -172,9 +171,14 @@ def data(
 ): # exit code; None is 0
     "Say what is in a dataset"
     from capnb.data.load import load_data
+    from capnb.data.look import data_page, statistics_text
+    if args.examples is not None and args.examples<0: raise CapnbError(f'--examples {args.examples} is not possible', expected='0 or more')
+    if args.html and not Path(args.html).absolute().parent.is_dir(): raise CapnbError('There is no such folder', where=Path(args.html).parent, expected='a file in a folder that is there')
     found = load_data(args.spec, on_error='skip' if args.skip_bad else 'raise')
-    for k,v in data_summary(found).items(): print(f"{k.replace('_', ' '):19} {', '.join(f'{a} {b}' for a,b in v.items()) if isinstance(v, dict) else v}")
-    for i in range(min(3, len(found))): print(f"  {found.ids[i]}: {(found.captions(i) or ['(no caption)'])[0]}")
+    print(statistics_text(data_summary(found)))
+    for i in range(min(3 if args.examples is None else args.examples, len(found))): print(f"  {found.store.id(found.row(i))}: {(found.captions(i) or ['(no caption)'])[0]}")
+    for reason,places in found.skipped.places.items(): print(f'left out, {reason}: {places[0]}' + (f' and {found.skipped[reason]-1} more' if found.skipped[reason]>1 else ''))
+    if args.html: print(f'page: {data_page(found, args.spec, 24 if args.examples is None else args.examples).write(args.html)}')
 
 # %% ../../nbs/study/07_cli.ipynb #da15c6ff
 def fetch_command(

@@ -12,6 +12,7 @@ import numpy as np
 from ..core.errors import DataError
 from ..core.files import atomic_write, write_json
 from ..data.load import load_data
+from ..data.records import split_group
 from ..data.scenes import Scenes
 from .plan import Plan
 
@@ -82,6 +83,8 @@ def _from_scenes(plan):
 def _from_pile(data, plan):
     "Training sets of the folds, and the target, from one dataset"
     captioned = data.subset([i for i in range(len(data)) if data.captions(i)])
+    own = [s for s in ('train','test','val') if split_group(s)&set(captioned.splits)]
+    if own[:1]==['train'] and len(own)>1: return _from_splits(captioned.part('train'), captioned.part(own[1]), plan)
     if len(captioned)<2*plan.folds: raise DataError(f'{len(captioned)} captioned images are too few for a study', where=plan.data, expected=f'at least {2*plan.folds}, two for each fold')
     if len(captioned)>=4*plan.test_images:
         rest = min(plan.train_images, len(captioned)-plan.test_images)
@@ -91,6 +94,13 @@ def _from_pile(data, plan):
     records = [(r, f) for f,(_,test) in enumerate(folds) for r in test]
     train = [t.fraction(min(1., plan.train_images/len(t))) for t,_ in folds]
     return train, Domain('target', [r for r,_ in records], [f for _,f in records])
+
+def _from_splits(train, test, plan):
+    "Training set and target from the parts that the data set itself made"
+    if min(len(train), len(test))<2: raise DataError(f'The splits of the data are too small: {len(train)} images to train, {len(test)} to test', where=plan.data, expected='at least 2 of each')
+    some = lambda part, n: part.split({'some':min(n, len(part))})['some']
+    target = list(some(test, plan.test_images))
+    return [some(train, plan.train_images)], Domain('target', target, [0]*len(target))
 
 # %% ../../nbs/study/05_sets.ipynb #f8e867c3
 def stamp(
