@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASSES', 'forms', 'coco_objects', 'annotated', 'chair']
 
-# %% ../../nbs/metrics/12_chair.ipynb #e031fd3e
+# %% ../../nbs/metrics/12_chair.ipynb #100bebbd
 import re
 import numpy as np
 from ..core.errors import MetricError, did_you_mean

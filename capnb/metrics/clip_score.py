@@ -6,7 +6,7 @@
 __all__ = ['PROMPT', 'File', 'pictures_of', 'token_limit', 'token_counts', 'cosines', 'clip_scores', 'clip_score', 'pac_score',
            'retrieval']
 
-# %% ../../nbs/metrics/11_clip_score.ipynb #bc8d8ddf
+# %% ../../nbs/metrics/11_clip_score.ipynb #21f040df
 from pathlib import Path
 import torch
 from ..core.errors import MetricError

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'SIZES', 'KINDS', 'Tuples', 'tuples', 'kind', 'merged', 'matches', 'statements', 'united', 'f1', 'spice',
            'soft_f1', 'soft_spice', 'objects']
 
-# %% ../../nbs/metrics/10_spice.ipynb #0f811ec6
+# %% ../../nbs/metrics/10_spice.ipynb #cc853522
 from typing import NamedTuple
 import numpy as np
 from .inputs import Inputs, Measure

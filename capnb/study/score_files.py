@@ -138,7 +138,7 @@ def score(
     if args.table: s.save_table(args.table)
     if args.out: s.to_json(args.out)
 
-# %% ../../nbs/study/09_score_files.ipynb #587516da
+# %% ../../nbs/study/09_score_files.ipynb #004d3f03
 def compare_command(
     p # parser of the sub-command
 ): # function of the parsed arguments
@@ -160,8 +160,8 @@ def compare_captions(
     if args.examples<0: raise CapnbError('A negative number of examples', where='--examples')
     (a,b),said,refs = _scored([args.before, args.after], args)
     found = compare(a, b); wide = max(map(len, found))
-    print(f'{_n(len(a.ids))}\n{"":{wide}}   before    after  after - before   95 % interval          p  p (Holm)')
-    for k,d in found.items(): print(f'{k:{wide}} {a.corpus[k]:8.4f} {b.corpus[k]:8.4f} {d.value:+15.4f}   [{d.low:+.4f}, {d.high:+.4f}]   {d.p:.3f}  {d.holm:.3f}')
+    print(f'{_n(len(a.ids))}\n{"":{wide}}   before    after  after - before   95 % interval           p  p (Holm)')
+    for k,d in found.items(): print(f'{k:{wide}} {a.corpus[k]:8.4f} {b.corpus[k]:8.4f} {d.value:+15.4f}   [{d.low:+.4f}, {d.high:+.4f}]   {d.p:.4f}  {d.holm:.4f}')
     for name,s in (('before', a), ('after', b)):
         if 'length' in s.corpus: print(f'{name}: {style_in_words(s.corpus)}')
     by = args.by or next((k for k in found if k=='CIDEr-D'), next(iter(a.per_image)))
