@@ -233,7 +233,7 @@ def contrastive(
     items += attention_checks("contrastive", checks, draw, rng)
     return Study("contrastive", title, names, questions_for("contrastive", questions), items, {**show.uris, **shown.uris}, seed, instructions)
 
-# %% ../../nbs/metrics/20_human.ipynb #9f8ec6d2
+# %% ../../nbs/metrics/20_human.ipynb #881d09e0
 def _payload(study, version):
     "(data of the page, item id -> name of what stands left)"
     rng, coins = _generator("order", study.seed, version), _balanced(_generator("sides", study.seed), len(study.items))
@@ -242,7 +242,7 @@ def _payload(study, version):
     rng.shuffle(order)
     def side(i, k): return [{n: v for n, v in zip(("picture", "text"), e) if v} for e in i.sides[k][1]] if i.sides else None
     def shown(i): return {"id": i.id, "picture": i.picture, "caption": i.caption, "left": side(i, first[i.id]), "right": side(i, 1 - first[i.id])}
-    data = {"title": study.title, "questions": [{"key": q.key, "text": q.text, "choices": [[str(v), l] for v, l in q.choices]} for q in study.questions],
+    data = {"title": study.title, "page": version, "questions": [{"key": q.key, "text": q.text, "choices": [[str(v), l] for v, l in q.choices]} for q in study.questions],
             "items": [{n: v for n, v in shown(i).items() if v} for i in order], "pictures": study.pictures}
     sides = {i.id: i.sides[first[i.id]][0] for i in study.items if i.sides}
     return {"version": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12], **data}, sides
