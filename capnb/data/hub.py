@@ -6,7 +6,7 @@
 __all__ = ['hub_columns', 'texts_in', 'RowImage', 'HubBuilder', 'read_tables', 'local_kind', 'parquet_splits', 'hub_name',
            'read_hub', 'hub_spec']
 
-# %% ../../nbs/data/36_hub.ipynb #dc9bfee5
+# %% ../../nbs/data/36_hub.ipynb #910ba922
 import os, re
 from array import array
 from collections import Counter
@@ -15,7 +15,7 @@ from ..core.errors import ConfigError, DataError, require
 from .build import RecordBuilder
 from .folder import IMAGE_NAMES
 from .load import cut_split, existing
-from .records import CaptionDataset, Columns, Faults, Record, is_id, split_group, twin_id
+from .records import SPLITS, CaptionDataset, Columns, Faults, Record, is_id, split_group, twin_id
 
 # %% ../../nbs/data/36_hub.ipynb #105e229d
 _SAID = ('captions', 'caption', 'sentences', 'sentence', 'raw', 'reference_strs', 'caption_str', 'annotations_captions', 'texts', 'text', 'alt_text', 'description', 'answer')
@@ -117,7 +117,7 @@ def _row(b, part, n, row, said, key, image, where, several):
     id = row[key] if key else f'{part}/{n}' if several else n
     b.captions(b.image(id, image, where, split, part), (t for c in said for t in texts_in(row[c])), where)
 
-# %% ../../nbs/data/36_hub.ipynb #5c44444f
+# %% ../../nbs/data/36_hub.ipynb #2502af6b
 def local_kind(
     path # file or folder
 )->str: # 'disk', 'parquet', 'imagefolder', or '' for none of them
@@ -135,8 +135,8 @@ def parquet_splits(
     files,out = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob('*.parquet')),{}
     for f in files:
         words = re.split(r'[^A-Za-z]+', f.stem.lower()) + ([f.parent.name.lower()] if f.parent != Path(path) != f else [])
-        out.setdefault(next((w for w in words if w in ('train', 'training', 'restval', 'val', 'valid', 'validation', 'dev', 'test', 'testing')), 'train'), []).append(str(f))
-    return out
+        out.setdefault(next((w for w in words if any(w in g for g in SPLITS.values())), 'train'), []).append(str(f))
+    return {s: out[s] for s in sorted(out, key=lambda s: next((i for i,g in enumerate(SPLITS.values()) if s in g), 0))}
 
 # %% ../../nbs/data/36_hub.ipynb #2595fceb
 def hub_name(

@@ -50,7 +50,7 @@ def _image(b, n, entry):
     row = b.image(id, karpathy_names(entry), where, split)
     b.captions(row, map(sentence, said), where, [s.get('sentid') if isinstance(s, dict) else None for s in said])
 
-# %% ../../nbs/data/30_karpathy.ipynb #d4cec51a
+# %% ../../nbs/data/30_karpathy.ipynb #8fcac057
 def read_karpathy(
     dataset_json, # dataset_coco.json or one of its kin
     images_dir, # folder of the images, with or without train2014 and val2014 in it
@@ -64,7 +64,7 @@ def read_karpathy(
     found,first = set(),None
     for key,n,value in json_members(b.path, b.faults):
         found.add(key)
-        if n is None and key == 'images' and value != []: raise _wrong(b.path, found)
+        if n is None and key == 'images' and value != []: raise DataError(f"'images' is not a list but {type(value).__name__}", b.path, _FORM)
         if n == 0 and isinstance(value, dict):
             first = value
             if key is None or key == 'images' and not {'sentences', 'split'} & set(value): raise _wrong(b.path, {None} if key is None else found, value)
@@ -72,14 +72,15 @@ def read_karpathy(
     if 'images' not in found and not b.faults.skipped['broken JSON']: raise _wrong(b.path, found, first)
     return b.dataset(check_images)
 
-# %% ../../nbs/data/30_karpathy.ipynb #41fed015
+# %% ../../nbs/data/30_karpathy.ipynb #17306d99
+_FORM = 'an object with "images" [{"filename", "split", "sentences": [{"raw"}]}]'
+
 def _wrong(path, members, first=None):
     "Say which kind of file was given instead"
-    form = 'an object with "images" [{"filename", "split", "sentences": [{"raw"}]}]'
     if isinstance(first, dict) and {'id', 'file_name'} <= set(first):
-        return DataError("This is a file in COCO's own form, not one of Karpathy's splits", path, form, f'coco:{path}:IMAGES')
+        return DataError("This is a file in COCO's own form, not one of Karpathy's splits", path, _FORM, f'coco:{path}:IMAGES')
     e = wrong_shape(path, None if members == {None} else members, first)
-    return DataError(e.what.replace('a COCO captions file', "a file of Karpathy's splits"), path, form, 'dataset_coco.json, dataset_flickr30k.json or dataset_flickr8k.json')
+    return DataError(e.what.replace('a COCO captions file', "a file of Karpathy's splits"), path, _FORM, 'dataset_coco.json, dataset_flickr30k.json or dataset_flickr8k.json')
 
 def karpathy_spec(
     rest:str, # DATASET.json:IMAGES, and perhaps @SPLIT

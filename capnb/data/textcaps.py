@@ -48,7 +48,7 @@ def _entry(b, n, entry, whole):
         if row is not None: whole.add(row)
     b.captions(row, said, where, numbers)
 
-# %% ../../nbs/data/32_textcaps.ipynb #83516a61
+# %% ../../nbs/data/32_textcaps.ipynb #a53373e2
 def read_textcaps(
     captions_json, # TextCaps_0.1_train.json or TextCaps_0.1_val.json
     images_dir, # folder of the images, with or without train_images in it
@@ -64,7 +64,7 @@ def read_textcaps(
     for key,n,value in json_members(b.path, b.faults):
         found.add(key)
         if key is None and n == 0: raise _wrong(b.path, None, value)
-        if key == 'data' and n is None and value != []: raise _wrong(b.path, found)
+        if key == 'data' and n is None and value != []: raise DataError(f"'data' is not a list but {type(value).__name__}", b.path, '"data" [{"image_id", "caption_str"}]')
         if key != 'data' or n is None: continue
         if n == 0 and isinstance(value, dict) and not {'caption_str', 'reference_strs'} & set(value): raise _wrong(b.path, found, value)
         _entry(b, n, value, whole)
