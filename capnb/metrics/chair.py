@@ -12,7 +12,7 @@ from ..core.errors import MetricError, did_you_mean
 from .inputs import Inputs, Measure
 from ..text.words import words
 
-# %% ../../nbs/metrics/12_chair.ipynb #8add0f61
+# %% ../../nbs/metrics/12_chair.ipynb #23a8acbc
 _LIVING = """
 person, human, man, woman, boy, girl, child, kid, baby, toddler, infant, adult, teenager, teen, lady, guy, gentleman, fellow, male, female, individual, player, batter, pitcher, catcher, umpire, referee, skier, snowboarder, surfer, skateboarder, skater, rider, cyclist, bicyclist, biker, motorcyclist, jockey, cowboy, swimmer, runner, golfer, athlete, pedestrian, tourist, passenger, driver, customer, vendor, worker, farmer, fisherman, fireman, firefighter, policeman, police officer, officer, soldier, chef, waiter, waitress, student, teacher, spectator, bride, groom, mother, father, mom, dad, son, daughter, brother, sister, friend, businessman, businesswoman, clown
 bird, seagull, gull, goose, gosling, duck, duckling, swan, pigeon, dove, sparrow, robin, finch, crow, raven, magpie, owl, eagle, hawk, falcon, vulture, parrot, parakeet, cockatoo, macaw, pelican, heron, egret, stork, flamingo, penguin, ostrich, peacock, pheasant, rooster, woodpecker, hummingbird, bluebird, blackbird, seabird, puffin, cormorant, osprey, kingfisher, mallard
@@ -26,6 +26,8 @@ bear, panda, grizzly
 zebra
 giraffe
 """
+
+# %% ../../nbs/metrics/12_chair.ipynb #bc4e5fcf
 _VEHICLES = """
 bicycle, bike, tricycle, unicycle
 car, automobile, sedan, taxi, cab, van, minivan, suv, jeep, limousine, convertible, hatchback
@@ -36,6 +38,8 @@ train, locomotive, tram, subway, caboose, steam engine, train car, train engine,
 truck, pickup, pickup truck, lorry, firetruck, fire truck, fire engine, dump truck, tow truck, food truck, semi
 boat, ship, sailboat, sail boat, motorboat, speedboat, rowboat, canoe, kayak, yacht, ferry, barge, tugboat, dinghy, raft, gondola, catamaran, vessel, houseboat, lifeboat, cruise ship
 """
+
+# %% ../../nbs/metrics/12_chair.ipynb #ec8f7616
 _STREET = """
 traffic light, traffic signal, stop light, stoplight, street signal
 fire hydrant, hydrant
@@ -58,6 +62,8 @@ skateboard, skate board
 surfboard, surf board, longboard, wakeboard, boogie board, bodyboard
 tennis racket, racket, racquet, tennis racquet
 """
+
+# %% ../../nbs/metrics/12_chair.ipynb #64269353
 _INSIDE = """
 bottle
 wine glass, wineglass, goblet
