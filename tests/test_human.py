@@ -126,7 +126,7 @@ def test_what_cannot_be_asked_is_said():
     c = dict.fromkeys(p, "x")
     for bad, message in ((lambda: pairwise(p, c, {}), "different images"), (lambda: pairwise(p, [{"image_id": 1, "caption": "x"}] * 2, c), "two captions"),
                          (lambda: pairwise(p, {**c, "z": "y"}, {**c, "z": "y"}), "no picture"), (lambda: pairwise(p, c, {**c, next(iter(p)): None}), "not text"),
-                         (lambda: pairwise(p, c, c, names=("x", "x")), "same name"), (lambda: pairwise({}, {}, {}), "no items"),
+                         (lambda: pairwise(p, c, c, names=("x", "x")), "names of their own"), (lambda: pairwise({}, {}, {}), "no items"),
                          (lambda: pairwise({1: b"no picture"}, {1: "x"}, {1: "y"}), "image 1"), (lambda: pairwise(p, ["x"], ["y"]), "image ids")):
         with pytest.raises(CapnbError, match=message): bad()
 

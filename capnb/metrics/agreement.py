@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'kendall_tau', 'Judgements', 'judged', 'read_flickr8k', 'read_judgements', 'metric_values', 'TauRow',
            'Agreement', 'human_agreement', 'Pair', 'Pairs', 'PairRow', 'pair_agreement', 'read_consensus', 'read_foil',
-           'read_pairs', 'read_any']
+           'read_pairs', 'read_any', 'pairs_of']
 
-# %% ../../nbs/metrics/22_agreement.ipynb #0242036f
+# %% ../../nbs/metrics/22_agreement.ipynb #3b16796b
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from ..core.errors import ConfigError, DataError, MetricError, require
 from ..core.files import read_bytes, read_json
+from .human import Answers
 from .scores import score_captions
 from ..text.words import sanitize
 
@@ -376,3 +377,18 @@ def read_any(
     if path.suffix == ".mat": return read_consensus(path)
     if path.suffix != ".json": raise DataError("Judgements are not read from such a file", where=path, expected="a Flickr8k folder or .txt, flickr8k.json, pairs as .json, or consensus_*.mat")
     return read_pairs(path) if isinstance(read_json(path), list) else read_judgements(path)
+
+# %% ../../nbs/metrics/22_agreement.ipynb #44c44c85
+def pairs_of(
+    answers:Answers, # Of a pairwise study, as `read_answers` gives them
+    question:str, # Key, such as "adequacy"
+    a:dict, # Captions of the study's first method by image id
+    b:dict, # Of its second
+    references:dict, # Image id -> reference captions
+) -> Pairs: # One per image
+    "The votes of a human study as pairs."
+    if answers.kind != "pairwise": raise ConfigError(f"The answers are those of a {answers.kind} study", expected="a pairwise study")
+    x, images = answers.matrix(question)
+    missing = [i for i in images if any(i not in d for d in (a, b, references))]
+    if missing: raise DataError("An image of the study has no caption or no references here", where=f"image {missing[0]!r}")
+    return Pairs([Pair(i, _clean(a[i]), _clean(b[i]), [_clean(r) for r in references[i]], int((x[:, n] == 1).sum()), int((x[:, n] == -1).sum())) for n, i in enumerate(images)], question)

@@ -37,7 +37,7 @@ def scale(
     "A scale from 1 to 5 with named ends."
     return ((1, f"1 – {low}"), (2, "2"), (3, "3"), (4, "4"), (5, f"5 – {high}"))
 
-# %% ../../nbs/metrics/20_human.ipynb #8b0c9cf8
+# %% ../../nbs/metrics/20_human.ipynb #09c102f0
 QUESTIONS = {
     "pairwise": (
         Question("fluency", "Which caption reads better, as a sentence?", SIDES),
@@ -60,6 +60,8 @@ def questions_for(
     out = [q if isinstance(q, Question) else known.get(q) or _unknown(q, known) for q in ([asked] if isinstance(asked, (str, Question)) else asked)]
     for q in out:
         if not re.fullmatch("[a-z][a-z0-9_]*", q.key): raise ConfigError(f"The key {q.key!r} of a question cannot be used", expected="small letters, digits and _")
+        good = {v for v, _ in q.choices} <= {"left", "tie", "right"} if kind != "likert" else all(isinstance(v, int) for v, _ in q.choices)
+        if not good: raise ConfigError(f"The choices of {q.key!r} do not fit a {kind} study", where=[v for v, _ in q.choices], expected="whole numbers" if kind == "likert" else "left, tie, right")
     if len({q.key for q in out}) != len(out) or not out: raise ConfigError("A study needs questions with different keys", where=[q.key for q in out])
     return tuple(out)
 
@@ -108,7 +110,7 @@ def _by_id(captions, name):
     if len(out) != len(captions): raise DataError(f"{name!r} has two captions for one image", expected="one caption per image")
     return out
 
-# %% ../../nbs/metrics/20_human.ipynb #61d5e154
+# %% ../../nbs/metrics/20_human.ipynb #052c965f
 class Study:
     "Questions, items and pictures of a study, and who is who in it."
     def __init__(self,
@@ -123,7 +125,7 @@ class Study:
     ):
         self.kind, self.title, self.names, self.questions, self.items = kind, str(title), tuple(map(str, names)), questions, list(items)
         self.pictures, self.seed, self.instructions = pictures, seed, instructions or _INSTRUCTIONS[kind]
-        if len(set(self.names)) != len(self.names): raise ConfigError("Two methods have the same name", where=self.names)
+        if len({*self.names, "tie"}) != len(self.names) + 1: raise ConfigError("Methods need names of their own", where=self.names, expected='different names, and none of them "tie"')
         if not self.items: raise DataError("The study has no items", expected="at least one caption")
     def __repr__(self): return f"{self.kind} study of {len(self.items)} items with {len(self.questions)} questions each"
 
@@ -522,7 +524,7 @@ class Answers:
     def __repr__(self): return f"{len(self.rows)} answers of {len(self.raters)} raters to a {self.kind} study" + (f", {sum(self.missing.values())} missing" if any(self.missing.values()) else "")
     def without(self, raters): return Answers(self.key, [a for a in self.rows if a.rater not in set(raters)], {r: c for r, c in self.checks.items() if r not in set(raters)})
 
-# %% ../../nbs/metrics/20_human.ipynb #61a9d540
+# %% ../../nbs/metrics/20_human.ipynb #f811d1c8
 def matrix(self:Answers,
     question:str, # Key
     method:str=None, # In a Likert study: whose captions
@@ -532,11 +534,13 @@ def matrix(self:Answers,
     if self.kind == "likert" and method not in self.names: raise ConfigError(f"There is no method {method!r}", do=did_you_mean(str(method), self.names))
     items = [k for k, i in self.key["items"].items() if i["expected"] is None and (self.kind != "likert" or i["method"] == method)]
     at, who = {k: n for n, k in enumerate(items)}, {r: n for n, r in enumerate(self.raters)}
-    value = {**{c: c for c in range(1, 6)}, **dict(zip(self.names, (1, -1))), "tie": 0} if self.kind != "likert" else None
+    value = {self.names[0]: 1, "tie": 0, self.names[1]: -1} if self.kind != "likert" else None
     out = np.full((len(self.raters), len(items)), np.nan)
     for a in self.rows:
         if a.question == question and a.item in at: out[who[a.rater], at[a.item]] = a.choice if value is None else value[a.choice]
-    return out, [self.key["items"][k]["image"] for k in items]
+    return out, [_image(self.key["items"][k]) for k in items]
+
+def _image(item): return tuple(item["image"]) if isinstance(item["image"], list) else item["image"]  # JSON has no tuples
 
 def table(self:Answers): # pandas data frame
     "One row per answer; a list of dicts where pandas is not installed."
@@ -570,15 +574,15 @@ def _checked(row, key, where):
     if row["check"] != check_sum("|".join(row[c] for c in ("item", "question", "choice", "rater", "version"))):
         raise DataError("The line was changed after the page saved it", where=where, do="ask the rater for the file as the page saved it")
 
-# %% ../../nbs/metrics/20_human.ipynb #1d83a762
+# %% ../../nbs/metrics/20_human.ipynb #d3421f7e
 def _unblind(row, key):
     "`Answer` of a checked line"
     item, left = key["items"][row["item"]], key["versions"][row["version"]]["left"].get(row["item"], "")
-    if not item["sides"]: choice = int(row["choice"]) if row["choice"].isdigit() else row["choice"]
+    if not item["sides"]: choice = int(row["choice"])
     else:
         other = next(s for s in item["sides"] if s != left)
         choice = {"left": left, "right": other}.get(row["choice"], row["choice"])
-    return Answer(row["rater"], row["item"], item["image"], row["question"], choice, item["method"], left, float(row["seconds"].replace(",", ".")), row["version"])
+    return Answer(row["rater"], row["item"], _image(item), row["question"], choice, item["method"], left, float(row["seconds"].replace(",", ".")), row["version"])
 
 def read_answers(
     paths, # Answers files, one or several per study page; a folder: all its .csv files
