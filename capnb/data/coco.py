@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['open_text', 'not_utf8', 'JsonStream', 'JsonReader', 'json_items', 'find_image', 'images_folder', 'wrong_shape',
-           'CocoBuilder', 'drop_repeated', 'with_captions', 'ObjectColumn', 'read_instances', 'json_members',
-           'read_coco', 'build_coco', 'finish']
+           'CocoImages', 'CocoBuilder', 'drop_repeated', 'with_captions', 'ObjectColumn', 'read_instances',
+           'json_members', 'build_coco', 'read_coco', 'finish']
 
 # %% ../../nbs/data/01_coco.ipynb #16e39742
 import json, os, re
@@ -196,8 +196,8 @@ def wrong_shape(
     return DataError(what, path, _SHAPE, do)
 
 # %% ../../nbs/data/01_coco.ipynb #6ad30aee
-class CocoBuilder:
-    "Puts the elements of a COCO captions file into columns"
+class CocoImages:
+    "Puts the images of a COCO captions file into columns"
     def __init__(self,
         path, # the file, for errors
         root:str, # images folder
@@ -229,6 +229,9 @@ class CocoBuilder:
         "The record of a good image; what other sets write into the element goes in here"
         return Record(id, path, [], self.domain)
 
+# %% ../../nbs/data/01_coco.ipynb #346ef35d
+class CocoBuilder(CocoImages):
+    "Puts the captions of a COCO captions file into columns, too"
     def wanted(self,
         entry:dict, # element of `annotations`
         where:str): # file and element
@@ -356,20 +359,7 @@ def json_members(
         if not faults.skip or getattr(e, 'reason', '') != 'broken JSON': raise
         faults(e.reason, e.what, e.where)
 
-# %% ../../nbs/data/01_coco.ipynb #88da8b29
-def read_coco(
-    captions_json, # captions in COCO's form
-    images_dir, # folder of the images
-    instances=None, # JSON of instances (boxes), for `truth`
-    on_error:str='raise', # 'raise', or 'skip': leave bad records out and count them in `.skipped`
-    check_images:bool=None, # decode all images now? None: only with on_error='skip'
-    domain:str='' # domain of the records
-)->CaptionDataset: # records in the order of the file
-    "Captioned images in COCO's form; `truth` has the objects when `instances` are given"
-    open_text(captions_json).close()
-    b = CocoBuilder(captions_json, images_folder(images_dir), Faults(on_error), domain)
-    return finish(build_coco(b, instances), on_error, check_images, captions_json)
-
+# %% ../../nbs/data/01_coco.ipynb #e25a42ef
 def build_coco(
     b:CocoBuilder, # knows file, folder and what to do about faults
     instances=None # JSON of instances (boxes), for `truth`
@@ -386,6 +376,20 @@ def build_coco(
     if not len(store): raise no_records(b.path, b.faults.skipped)
     if instances is not None: store.truths = read_instances(instances, b.rows, len(store), b.faults)
     return with_captions(store, b.path, b.faults, b.excused)
+
+# %% ../../nbs/data/01_coco.ipynb #88da8b29
+def read_coco(
+    captions_json, # captions in COCO's form
+    images_dir, # folder of the images
+    instances=None, # JSON of instances (boxes), for `truth`
+    on_error:str='raise', # 'raise', or 'skip': leave bad records out and count them in `.skipped`
+    check_images:bool=None, # decode all images now? None: only with on_error='skip'
+    domain:str='' # domain of the records
+)->CaptionDataset: # records in the order of the file
+    "Captioned images in COCO's form; `truth` has the objects when `instances` are given"
+    open_text(captions_json).close()
+    b = CocoBuilder(captions_json, images_folder(images_dir), Faults(on_error), domain)
+    return finish(build_coco(b, instances), on_error, check_images, captions_json)
 
 def finish(
     data:CaptionDataset, # what was read
