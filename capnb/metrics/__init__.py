@@ -2,4 +2,7 @@
 from capnb._lazy import lazy
 
 lazy(__name__,
-     scores="score_captions Scores compare METRICS")
+     scores="score_captions Scores compare METRICS",
+     slices="sliced compare_slices changed by_length by_object by_domain",
+     clip_score="retrieval",
+     significance="bootstrap paired_bootstrap permutation_test holm")
