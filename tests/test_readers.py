@@ -339,6 +339,8 @@ def test_nocaps_domains(tmp_path):
     f = Nocaps(tmp_path)
     assert f.load().domains == {'in': 1, 'near': 1, 'out': 1} and [r.domain for r in f.load()] == ['in', 'near', 'out']
     assert load_data(f.spec + '@out').ids == [2] and f.load().domain('near').ids == [1]
+    (f.images/'0b0.jpg').unlink()
+    assert load_data(f.spec + '@near').references() == {1: f.expected[1]}
     with pytest.raises(ConfigError, match='did you mean near'): load_data(f.spec + '@naer')
 
 
@@ -436,7 +438,8 @@ def test_hub_offline_and_wrong(datasets, tmp_path):
 
 def test_hub_paths_are_never_looked_up(monkeypatch, tmp_path):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
-    for path in ('./flickr', f'{tmp_path}/none', '~/none here', 'a/b/c', 'a\\b', 'x.parquet'):
+    monkeypatch.chdir(tmp_path); (tmp_path/'mine').mkdir()
+    for path in ('./flickr', 'flickr', 'mine/flickr', f'{tmp_path}/none', '~/none here', 'a/b/c', 'a\\b', 'x.parquet'):
         with pytest.raises(DataError, match='no such file or folder'): load_data(f'datasets:{path}')
     (tmp_path/'plain').mkdir()
     with pytest.raises(DataError, match='folder:'): load_data(f'datasets:{tmp_path}/plain')

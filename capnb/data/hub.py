@@ -138,13 +138,14 @@ def parquet_splits(
         out.setdefault(next((w for w in words if any(w in g for g in SPLITS.values())), 'train'), []).append(str(f))
     return {s: out[s] for s in sorted(out, key=lambda s: next((i for i,g in enumerate(SPLITS.values()) if s in g), 0))}
 
-# %% ../../nbs/data/36_hub.ipynb #2595fceb
+# %% ../../nbs/data/36_hub.ipynb #c86bb3b2
 def hub_name(
     text:str # what was given
 )->tuple: # (name, config or None), or None for what can only be a path
     "A name on the hub"
-    found = re.fullmatch(r'([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?::([\w.-]+))?', text.strip())
-    return None if found is None or text.strip().endswith('.parquet') else found.groups()
+    found = re.fullmatch(r'([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)(?::([\w.-]+))?', text.strip())
+    if found is None or text.strip().endswith('.parquet') or os.path.exists(found[1]): return None
+    return f'{found[1]}/{found[2]}',found[3]
 
 def _tables(place, cache_dir):
     "split -> table, whatever `place` is"

@@ -5,27 +5,29 @@
 # %% auto #0
 __all__ = ['NOCAPS_DOMAINS', 'NocapsBuilder', 'read_nocaps', 'nocaps_spec']
 
-# %% ../../nbs/data/31_nocaps.ipynb #8c50f624
+# %% ../../nbs/data/31_nocaps.ipynb #2a736f82
 import os
-from ..core.errors import DataError
+from ..core.errors import ConfigError, DataError, did_you_mean
 from .coco import CocoBuilder, build_coco, finish, images_folder, open_text
 from .load import cut_split, paths_in
-from .records import CaptionDataset, Faults, Record
+from .records import CaptionDataset, Faults, Record, is_id
 
-# %% ../../nbs/data/31_nocaps.ipynb #1d63993d
+# %% ../../nbs/data/31_nocaps.ipynb #0832416e
 NOCAPS_DOMAINS = {'in-domain': 'in', 'near-domain': 'near', 'out-domain': 'out'}
 
 class NocapsBuilder(CocoBuilder):
     "`CocoBuilder` that keeps the domain of each image"
+    only = None # read this domain alone
     def image(self,
         n:int, # place in the list, 0 is the first
         entry): # {'id', 'file_name', 'domain'}
         "Take element `n` of `images`"
         name = entry.get('domain') if isinstance(entry, dict) else 'in-domain'
-        if isinstance(name, str) and name in NOCAPS_DOMAINS: return super().image(n, entry)
+        if isinstance(name, str) and self.only in (None, NOCAPS_DOMAINS.get(name)) and name in NOCAPS_DOMAINS: return super().image(n, entry)
+        if is_id(entry.get('id')): self.rows.setdefault(entry['id'], None)  # its captions go with it
+        if isinstance(name, str) and name in NOCAPS_DOMAINS: return
         what = 'The image has no domain' if name is None else f'The domain is {name!r}'
         self.faults('unknown domain', what, f'{self.path}, images[{n}], id {entry.get("id")!r}', 'one of ' + ', '.join(NOCAPS_DOMAINS))
-        if isinstance(entry.get('id'), (int, str)): self.rows.setdefault(entry['id'], None)  # its captions go with it
 
     def record(self,
         id, # int or str
@@ -34,7 +36,7 @@ class NocapsBuilder(CocoBuilder):
         "The record, with the domain"
         return Record(id, path, [], NOCAPS_DOMAINS[entry['domain']])
 
-# %% ../../nbs/data/31_nocaps.ipynb #7064512b
+# %% ../../nbs/data/31_nocaps.ipynb #4e0d33e6
 def read_nocaps(
     captions_json, # nocaps_val_4500_captions.json
     images_dir, # folder of the images
@@ -44,13 +46,14 @@ def read_nocaps(
 )->CaptionDataset: # records in the order of the file; `.domain` is in, near or out
     "Captioned images in the form of nocaps"
     open_text(captions_json).close()
+    if only not in (None, *NOCAPS_DOMAINS.values()): raise ConfigError(f'nocaps has no domain {only!r}', do=did_you_mean(only, NOCAPS_DOMAINS.values()))
     b = NocapsBuilder(captions_json, images_folder(images_dir), Faults(on_error))
+    b.only = only
     try: data = build_coco(b)
     except DataError as e:
         if 'without captions' not in e.what: raise
         raise DataError('This file lists the images of nocaps without captions', captions_json, '"annotations" [{"image_id", "caption"}]',
             'nocaps_val_4500_captions.json; the captions of the test set are not public') from None
-    data = data if only is None else data.domain(only)
     return finish(data, on_error, check_images, os.fspath(captions_json))
 
 def nocaps_spec(
