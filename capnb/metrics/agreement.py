@@ -219,7 +219,7 @@ def _tau_interval(x, y, group, variant, draws, level, seed):
     ends = np.percentile(out, [50 - 50*level, 50 + 50*level]) if len(out) else [np.nan]*2
     return float(_tau(x, y, np.ones(len(x)), nx, ny, variant)), float(ends[0]), float(ends[1])
 
-# %% ../../nbs/metrics/22_agreement.ipynb #c3c0670e
+# %% ../../nbs/metrics/22_agreement.ipynb #6e1a05d7
 def human_agreement(
     judgements, # `Judgements` or `Pairs`, or a path that one of the readers knows
     metrics=None, # Names for `score_captions`; None: all that run here; or `{name: values}` in the order of the entries
@@ -236,12 +236,15 @@ def human_agreement(
     at, y = _points(j, ratings)
     known, variant = PUBLISHED.get({"flickr8k": "Flickr8k-Expert"}.get(j.name, j.name), {}) if ratings == "each" else {}, variant or j.variant
     _, group = np.unique(np.array([str(i) for i in j.images]), return_inverse=True)
-    rows = []
+    rows, out = [], []
     for name, x in metric_values(j.captions, [j.references[i] for i in j.images], metrics, **settings).items():
-        if not np.isfinite(x).all(): raise MetricError(f"{name} has no value for {(~np.isfinite(x)).sum()} captions", where=j.name)
+        if not np.isfinite(x).all() and metrics is not None: raise MetricError(f"{name} has no value for {(~np.isfinite(x)).sum()} captions", where=j.name)
+        if not np.isfinite(x).all() or x.min() == x.max(): out.append(name); continue
         rows.append(TauRow(name, *_tau_interval(x[at], y, group[at], variant, draws, level, seed), known.get(name) if variant == j.variant else None))
     about = f"{j!r}; tau-{variant} of {len(y):,} points ({'each rating' if ratings == 'each' else 'mean rating'}), {level:.0%} intervals over images"
-    return Agreement(sorted(rows, key=lambda r: -np.nan_to_num(r.tau, nan=-2)), about)
+    if len(set(y)) < 2: raise MetricError("All ratings are equal, so nothing can agree with them", where=j.name)
+    if out: about += f"; left out, since equal for all captions or missing for some: {', '.join(out)}"
+    return Agreement(sorted(rows, key=lambda r: -r.tau), about)
 
 # %% ../../nbs/metrics/22_agreement.ipynb #5f078b26
 class Pair(NamedTuple):
