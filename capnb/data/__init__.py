@@ -8,4 +8,6 @@ lazy(__name__,
      load="load_data READERS",
      scenes="Scenes",
      scene_oracle="read_caption Reading",
-     scene_facts="plant Planted Fact")
+     scene_facts="plant Planted Fact",
+     karpathy="read_karpathy", nocaps="read_nocaps", textcaps="read_textcaps", vizwiz="read_vizwiz", flickr="read_flickr",
+     conceptual="read_conceptual", hub="read_hub read_tables", build="RecordBuilder", look="data_statistics data_page")
