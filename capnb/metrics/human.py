@@ -249,23 +249,24 @@ def _payload(study, version):
     sides = {i.id: i.sides[first[i.id]][0] for i in study.items if i.sides}
     return {"version": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12], **data}, sides
 
-# %% ../../nbs/metrics/20_human.ipynb #cbb43735
+# %% ../../nbs/metrics/20_human.ipynb #0b5dff01
 _STYLE = '''
-main>section{max-width:64rem}main [hidden]{display:none!important}
+main>section{max-width:64rem}main [hidden]{display:none!important}.frame{padding-top:1.2rem}header{margin-bottom:.8rem}h1{font-size:1.5rem;margin:0}
 #item h2,#start h2,#end h2{border:0;margin:.2rem 0 .6rem;padding:0}
-h2[tabindex]:focus{outline:none}#stage{max-width:none}#stage>img{display:block;height:min(44vh,22rem);width:auto;object-fit:contain;margin:0 0 1rem}
+h2[tabindex]:focus{outline:none}#stage{max-width:none}#stage>img{display:block;height:min(36vh,22rem);width:auto;object-fit:contain;margin:0 0 1rem}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr));gap:1.2rem 2rem}
 .two>section{min-width:0;max-width:none;border-top:3px solid var(--c1);padding-top:.4rem}.two>section+section{border-top-color:var(--c2)}
 .two h3{margin:.2rem 0 .4rem}.two img{height:min(24vh,11rem);width:auto;object-fit:contain}
 .caption{font-size:1.18rem;line-height:1.45;margin:.3rem 0 1rem;unicode-bidi:isolate}
-fieldset{border:1px solid var(--rule);border-radius:6px;margin:1rem 0;padding:.5rem 1rem .8rem;max-width:none}
+#asked{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:.4rem 1.6rem;max-width:none;margin-bottom:.8rem}
+fieldset{border:1px solid var(--rule);border-radius:6px;margin:.2rem 0;min-width:0;padding:.5rem 1rem .8rem;max-width:none}
 legend{font:600 1rem/1.4 var(--sans);padding:0 .4rem}
 fieldset label{display:inline-flex;align-items:center;gap:.5rem;min-height:2.75rem;padding:.2rem .9rem .2rem 0;font:1rem/1.4 var(--sans);cursor:pointer}
 input[type=radio],input[type=checkbox]{width:1.2rem;height:1.2rem;accent-color:var(--link)}
 input[type=text]{font:1rem/1.4 var(--sans);padding:.5rem .7rem;min-height:2.75rem;color:inherit;background:var(--panel);border:1px solid var(--soft);border-radius:6px}
 button{font:600 1rem/1.2 var(--sans);min-height:2.75rem;padding:.5rem 1.2rem;margin:.2rem .5rem .2rem 0;border:1px solid var(--link);border-radius:6px;background:none;color:var(--link);cursor:pointer}
 button.main{background:var(--link);color:var(--ground)}
-progress{width:100%;max-width:41rem;height:.7rem;accent-color:var(--link)}
+#place{margin:0 0 .2rem}progress{width:100%;max-width:41rem;height:.7rem;accent-color:var(--link)}
 #said:not(:empty){border-left:3px solid var(--wrong);padding-left:.8rem}
 '''
 
