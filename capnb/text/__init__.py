@@ -1,8 +1,10 @@
-"""Words and scene graphs: the graph of a caption, its parser, and the nearest captions."""
+"""Words and scene graphs: the graph of a caption, its parser, synonyms, and the nearest captions."""
 from capnb._lazy import lazy
 
 lazy(__name__,
      words="sanitize words",
-     graph="SceneGraph Node Edge",
+     graph="SceneGraph Node Edge draw_graph",
+     synonyms="Synonyms",
      parse="parse",
+     factual="read_factual grade",
      nearest="bm25 tuple_overlap")

@@ -148,13 +148,19 @@ def _number(w):
     n = NUMBERS.get(w.lower_, w.text if w.text.isdigit() and len(w) < 7 else None)
     return n if n is not None and int(n) > 1 else None
 
-# %% ../../nbs/text/02_rules.ipynb #4e144fd2
+# %% ../../nbs/text/02_rules.ipynb #54496312
+def _joint(t):
+    "Noun `t` after \"and\", with the nouns before it if nothing else is said of them: \"a cat and a dog sitting\""
+    others = [c for c in t.conjuncts if c.i < t.i]
+    bare = others and others[0].dep_ in ("ROOT", "nsubj", "attr") and not any(k.dep_ in ("acl", "relcl", "prep") for c in others for k in c.children)
+    return [*others, t] if bare else [t]
+
 def _subjects(v):
     "Things that do what verb `v` says"
     own = [c for c in v.children if c.dep_ in ("nsubj", "nsubjpass")]
     if own: return _things(own)
     if any(c.dep_ == "expl" for c in v.children): return _things(c for c in v.children if c.dep_ in ("attr", "dobj"))
-    if v.dep_ in ("acl", "relcl", "amod"): return _things([v.head]) if v.head.dep_ != "conj" else [x for x in [_thing(v.head)] if x]
+    if v.dep_ in ("acl", "relcl", "amod"): return [x for t in _joint(v.head) if (x := _thing(t))] if v.head.dep_ == "conj" else _things([v.head])
     if v.dep_ in ("conj", "xcomp", "advcl", "ccomp", "pcomp", "dep") and v.head.pos_ in ("VERB", "AUX"): return _subjects(v.head)
     if v.dep_ in ("pcomp",) and v.head.head.pos_ in ("VERB", "AUX"): return _subjects(v.head.head)
     if v.dep_ in ("advcl", "dep", "conj", "appos") and v.head.pos_ in ("NOUN", "PROPN"): return _things([v.head])
