@@ -92,7 +92,7 @@ def image_objects(
     except (KeyError, TypeError) as e: raise CapnbError(f'This is no COCO instances file: {type(e).__name__} {e}', where=path, expected='categories with id and name, annotations with image_id and category_id') from None
     return out
 
-# %% ../../nbs/study/09_score_files.ipynb #a56c7877
+# %% ../../nbs/study/09_score_files.ipynb #6062ad3f
 def _arguments(p):
     "Arguments that `score` and `compare` share"
     p.add_argument('references', metavar='REFERENCES', help='COCO captions file or {id: [captions]}')
@@ -101,6 +101,7 @@ def _arguments(p):
     p.add_argument('--images', metavar='DIR', help='folder of the pictures, for CLIPScore')
     p.add_argument('--encoder', metavar='NAME', help='dual encoder for CLIPScore: a name, a folder or owner/model')
     p.add_argument('--instances', metavar='FILE', help='COCO instances, for CHAIR')
+    p.add_argument('--idf', metavar='FILE', help='document frequencies kept by --save-idf, for CIDEr-D of a few images')
 
 def _scored(paths, args):
     "Scores of each file, their captions, and the references, on the same images"
@@ -113,7 +114,7 @@ def _scored(paths, args):
     truth = image_objects(args.instances, ids) if args.instances else None
     names = args.metrics and [m for x in args.metrics for m in x.split(',') if m]
     said = [{i:files[p][i] for i in ids} for p in paths]
-    return [score_captions(c, refs, names, truth=truth, **look) for c in said],said,refs
+    return [score_captions(c, refs, names, truth=truth, idf=args.idf, **look) for c in said],said,refs
 
 def score_command(
     p # parser of the sub-command
@@ -122,6 +123,7 @@ def score_command(
     p.add_argument('candidates', metavar='CANDIDATES', help='captions to be scored')
     _arguments(p)
     p.add_argument('--table', metavar='FILE', help='write the values of every image: .csv, .parquet or .json')
+    p.add_argument('--save-idf', metavar='FILE', help='keep the document frequencies of these references')
     p.add_argument('--out', metavar='FILE', help='write scores with all that intervals and comparisons need, as JSON')
     return score
 
@@ -130,13 +132,16 @@ def score(
 ): # exit code; None is 0
     "Print scores with intervals"
     from capnb.metrics.style import style_in_words
-    (s,),_,_ = _scored([args.candidates], args)
+    (s,),_,refs = _scored([args.candidates], args)
     spans,wide = s.intervals(),max(map(len, s.corpus))
     print(f'{_n(len(s.ids))}; values with 95 % intervals over images')
     for k,v in s.corpus.items(): print(f'{k:{wide}} {v:8.4f}' + (f'   [{spans[k].low:.4f}, {spans[k].high:.4f}]' if k in spans else ''))
     if 'length' in s.corpus: print(style_in_words(s.corpus))
     if args.table: s.save_table(args.table)
     if args.out: s.to_json(args.out)
+    if args.save_idf:
+        from capnb.metrics.cider import document_frequencies
+        document_frequencies(refs).save(args.save_idf)
 
 # %% ../../nbs/study/09_score_files.ipynb #004d3f03
 def compare_command(
