@@ -104,7 +104,7 @@ def f1(
     P, Q = m/c if c else 0., m/r if r else 0.
     return P, Q, 2*P*Q/(P + Q) if m else 0.
 
-# %% ../../nbs/metrics/10_spice.ipynb #5bece741
+# %% ../../nbs/metrics/10_spice.ipynb #2c52d5fe
 KINDS = {"object": "object", "attribute": "attribute colour size count", "relation": "relation", "colour": "colour", "count": "count", "size": "size"}
 
 def _each(values):
@@ -120,7 +120,7 @@ def spice(
     said = statements(x.candidates + [r for rs in x.references for r in rs])
     known = iter(said[len(x.ids):])
     for c, rs in zip(said, x.references):
-        r = merged(united([next(known) for _ in rs]), synonyms)
+        c, r = merged(c, synonyms), merged(united([next(known) for _ in rs]), synonyms)
         rows.append([[kind(t) for t in part] for part in (matches(c.all(), r.all(), synonyms), c.all(), r.all())])
     x.settings["spice"] = f"capnb, {synonyms!r}"
     P, Q, F = zip(*(f1(*map(len, row)) for row in rows))
@@ -131,7 +131,7 @@ def spice(
         if any(v is not None for v in each): out[f"SPICE {name}"] = _each(each)
     return out
 
-# %% ../../nbs/metrics/10_spice.ipynb #55c8fcb2
+# %% ../../nbs/metrics/10_spice.ipynb #e3588d66
 def soft_f1(
     c:tuple, # Tuples of the candidate
     r:tuple, # Tuples of the references
@@ -154,7 +154,7 @@ def soft_spice(
     known = iter(said[len(x.ids):])
     refs = [merged(united([next(known) for _ in rs]), synonyms).all() for rs in x.references]
     x.settings["soft_spice"] = f"capnb, {synonyms!r}"
-    return {"soft SPICE": _each([soft_f1(c.all(), r, synonyms.similarity) for c, r in zip(said, refs)])}
+    return {"soft SPICE": _each([soft_f1(merged(c, synonyms).all(), r, synonyms.similarity) for c, r in zip(said, refs)])}
 
 # %% ../../nbs/metrics/10_spice.ipynb #0432d3e1
 def objects(
