@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SPOIL', 'HARMLESS', 'METRICS_SHOWN', 'Claim', 'draw_claim', 'suitable', 'spoiled', 'score_spoiled', 'noticed']
 
-# %% ../../nbs/metrics/90_degraded.ipynb #2e50b809
+# %% ../../nbs/metrics/90_degraded.ipynb #c1979bf1
 import random
 from typing import NamedTuple
 import numpy as np
 from ..core.errors import MetricError
-from ..data.scene_text import LONG, detailed_caption, phrase
+from ..data.scene_text import LONG, captions, detailed_caption, phrase
 from ..data.scene_world import CATEGORIES, COLOURS, INVERSE, Scene, Thing, draw_scene, lot
 from .scores import score_captions
 
@@ -86,7 +86,7 @@ def spoiled(
     rng = lambda name: random.Random(lot(name, "degraded", scene.seed, seed))
     return {"clean": claim.text(), **{name: f(claim, scene, rng(name)) for name, f in SPOIL.items()}}
 
-# %% ../../nbs/metrics/90_degraded.ipynb #5eea5946
+# %% ../../nbs/metrics/90_degraded.ipynb #0a5cbb50
 METRICS_SHOWN = ("BLEU-4", "ROUGE-L", "METEOR", "CIDEr-D", "SPICE", "soft SPICE", "CLIPScore", "RefCLIPScore", "precision", "recall")
 
 def score_spoiled(
@@ -98,7 +98,7 @@ def score_spoiled(
     from PIL import Image
     from capnb.data.scene_draw import render
     said = [spoiled(s, seed) for s in scenes]
-    refs = [[draw_claim(s, random.Random(lot("reference", "degraded", s.seed, 100*seed + k))).text() for k in range(5)] for s in scenes]
+    refs = [captions(s, "sentence", 5, seed=1000 + seed) for s in scenes]
     images = [Image.fromarray(render(s)) for s in scenes]
     rows = {k: [c[k] for c in said] for k in said[0]}
     rows["other"] = rows["clean"][1:] + rows["clean"][:1]
