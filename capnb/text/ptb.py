@@ -94,7 +94,7 @@ LAST = "|".join([*map(_any_case, _LAST), *(f"[{w[0].upper()}{w[0]}]{w[1:]}" for 
 STARTERS = "|".join(w[0] + _any_case(w[1:]) for w in """A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Now Once
     One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You""".split()) + r"|M[rR]\.|M[sS]\."
 
-# %% ../../nbs/text/04_ptb.ipynb #f5b5e4cb
+# %% ../../nbs/text/04_ptb.ipynb #72e1b027
 _RULES = [  # (name, starts, pattern)
     ("skip", ".", "[ \xa0]+|[\0‐٫]"),
     ("", "a", r"([Cc][Aa][Nn])[Nn][Oo][Tt]"),
@@ -102,7 +102,7 @@ _RULES = [  # (name, starts, pattern)
     ("tag", ".", TAG),
     ("entity", ".", r"&(?i:amp|lt|gt|quot|apos|nbsp|ndash|mdash|md|ql|qr|lr|ur|odq|cdq|[aeiou](?:acute|grave|uml)|#[0-9]+);"),
     ("", "a.", WORD), ("", "d", PART), ("", "ad", PIECES), ("", "ad", rf"{SLASH}(?:\\?/{SLASH}){{1,2}}"), ("", "ad", DASHED),
-    ("", "ad", rf"((?:{PIECES}|{DOTTED}|{TWO}|{FILE}|{DASHED}|{AMP}|{FRACTION})\.)[,;:、]"),          # oz.,
+    ("", "ad", rf"((?:{PIECES}|{DOTTED}|{TWO}|{FILE}|{DASHED}|{AMP})\.)[,;:、]"),          # oz.,
     ("", "d.", rf"[-+]?(?:[{D}]*(?:[.,:\xad٫][{D}]+)+|[{D}]+)"),                                      # 1,000.50 5:30 -3
     ("", "a", rf"([A-Za-z]*[A-MO-Za-mo-z])[nN]{AQ}[tT]"), ("clitic", "a", rf"[nN]{AQ}[tT]"),          # do n't
     ("", "ad.", rf"({PIECES}|{WORD}|{DOTTED}){AP}{AUX}"), ("clitic", ".", rf"'{AUX}(?![A-Za-z])|’{AUX}"),  # dog 's
@@ -173,13 +173,13 @@ class _WithLines(_Kinds):
 
 _KEEP_LINES = _WithLines()
 
-# %% ../../nbs/text/04_ptb.ipynb #196140a3
+# %% ../../nbs/text/04_ptb.ipynb #34fb9a55
 _LINE = re.compile("[\n\r\v\f\x85\u2028\u2029\ud800-\udfff]")
 _PUNCTUATION = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
-_EASY = re.compile(r"(?:[A-Za-z]+(?:-[A-Za-z]+)*(?:'s)?,? +)*[A-Za-z]+(?:-[A-Za-z]+)*(?:'s)?(?: *[.!?])? *").fullmatch
+_EASY = re.compile(r"(?:[A-Za-z]+(?:-[A-Za-z]+)*(?:'s)?,? +)*(?:[A-Za-z]+-)*([A-Za-z]+)(?:'s)?(?: *[.!?])? *").fullmatch
 _SPLIT = re.compile(r"cannot|[gw][oa]nna|gotta|gimme|lemme").search
 _SPANS = re.compile(rf"<|[\d)][ \xa0]+\d|(?:^|[^A-Za-z0-9])[A-Za-z]\.(?:[ \xa0]|$)|(?:{NUMBERED})\.[ \xa0]|\. \.").search
-_DOT = re.compile(rf"(?:^|[^A-Za-z])(?:[A-Za-z]|{ABBREVIATION}|{LAST})\. *$").search
+_DOTTED = {*_PLAIN, *_LAST, *_LOWER, *_CAPITAL}  # may keep a dot at the end
 _CHUNKS = {}  # scanned chunks
 
 def _clean(tokens):
@@ -193,16 +193,19 @@ def _chunk(text):
         _CHUNKS[text] = _clean(_scan(text))
     return _CHUNKS[text]
 
-# %% ../../nbs/text/04_ptb.ipynb #926ac215
+# %% ../../nbs/text/04_ptb.ipynb #335ee199
 def _tokens(text, after):
     "The tokens of one caption that is one line; `after`: the next one"
     if _SPANS(text): return _clean(_scan(text, after))
     return " ".join([w for c in text.split(" ") if c and (w := _chunk(c))])
 
 def _quick(text):
-    "The tokens of a plain caption"
-    text = text.lower().rstrip().rstrip(".!?")
-    return " ".join(text.replace(",", " ").replace("'s", " 's").split())
+    "The tokens of a plain caption; None: it is not plain"
+    plain = _EASY(text)
+    if not plain: return None
+    text, end = text.lower(), plain[1].lower()
+    if _SPLIT(text) or (len(end) == 1 or end in _DOTTED) and "." in text: return None
+    return " ".join(text.rstrip(" .!?").replace(",", " ").replace("'s", " 's").split())
 
 def ptb_tokens(
     captions:list, # Texts in their order; line separators in them become blanks
@@ -211,8 +214,8 @@ def ptb_tokens(
     out, after = [], ""
     for c in reversed(captions):
         if not c.isascii() or not c.isprintable(): c = _LINE.sub(" ", c)
-        if _EASY(c) and not _SPLIT(c.lower()) and not _DOT(c): out.append(_quick(c))
-        else: out.append(_tokens(c, after))
+        tokens = _quick(c)
+        out.append(_tokens(c, after) if tokens is None else tokens)
         if c.strip(): after = c
     return out[::-1]
 
