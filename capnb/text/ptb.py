@@ -113,11 +113,11 @@ _RULES = [  # (name, starts, pattern)
     ("clitic", ".", rf"('{AUX})[^A-Za-z]"), ("", ".", rf"{AP}[2-9]0[sS]|({AP}[0-9][0-9])[ \xa0\n]"), ("", ".", r"(')[A-Za-z][^ \xa0\n]"),  # '90s
 ]
 
-# %% ../../nbs/text/04_ptb.ipynb #f33a9ade
+# %% ../../nbs/text/04_ptb.ipynb #8e6dfa5a
 _RULES += [
     ("", "a", r"[A-Za-z](?:\.[A-Za-z])*\.|[A-Za-z](?:\.[A-Za-z])+"),                                  # U.S. p.m
     ("", "a", rf"([A-Za-z])\.[ \xa0\n]+(?:{STARTERS}|{TAG})[ \xa0\n]"),
-    ("", "a", rf"((?:{LAST})\.)[^ \n\xa0]?"), ("", "a", rf"(?:{ABBREVIATION}|{LAST})\."), ("", "a", rf"((?:{NUMBERED})\.)[ \xa0]?[{D}]"),
+    ("", "a", rf"((?:{LAST})\.)[^ \n\xa0]?"), ("", "a", rf"(?:{ABBREVIATION}|{LAST})\."), ("", "a", rf"((?:{NUMBERED})\.)[ \xa0\n]?[{D}]"),
     ("amp", "a", AMP), ("", "a.", r"([A-Z]+\$)|\$"), ("", "ad", rf"({FILE})(?=[ \n.!?,])"), ("", "a.", DOTTED), ("", "a", r"[CFcf]#|[Cc]\+\+"),
     ("", ".", r"#[A-Za-zéˇ]+"), ("", ".", r"@[A-Za-z_][A-Za-z0-9_]*"),
     ("", "ad.", r"(?:&lt;|<)?[A-Za-z0-9][^ \n\"<>|(){}\xa0]*@(?:[^ \n\"<>|(){}\xa0.]+\.)*[^ \n\"<>|(){}\xa0.]+>?"),   # me@home.org
@@ -173,12 +173,12 @@ class _WithLines(_Kinds):
 
 _KEEP_LINES = _WithLines()
 
-# %% ../../nbs/text/04_ptb.ipynb #34fb9a55
+# %% ../../nbs/text/04_ptb.ipynb #55e6dabf
 _LINE = re.compile("[\n\r\v\f\x85\u2028\u2029\ud800-\udfff]")
 _PUNCTUATION = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 _EASY = re.compile(r"(?:[A-Za-z]+(?:-[A-Za-z]+)*(?:'s)?,? +)*(?:[A-Za-z]+-)*([A-Za-z]+)(?:'s)?(?: *[.!?])? *").fullmatch
 _SPLIT = re.compile(r"cannot|[gw][oa]nna|gotta|gimme|lemme").search
-_SPANS = re.compile(rf"<|[\d)][ \xa0]+\d|(?:^|[^A-Za-z0-9])[A-Za-z]\.(?:[ \xa0]|$)|(?:{NUMBERED})\.[ \xa0]|\. \.").search
+_SPANS = re.compile(rf"<|[\d)][ \xa0]+\d|(?:^|[^A-Za-z0-9])[A-Za-z]\.(?:[ \xa0]|$)|(?:{NUMBERED})\.(?:[ \xa0]|$)|\. \.").search
 _DOTTED = {*_PLAIN, *_LAST, *_LOWER, *_CAPITAL}  # may keep a dot at the end
 _CHUNKS = {}  # scanned chunks
 
@@ -193,7 +193,7 @@ def _chunk(text):
         _CHUNKS[text] = _clean(_scan(text))
     return _CHUNKS[text]
 
-# %% ../../nbs/text/04_ptb.ipynb #335ee199
+# %% ../../nbs/text/04_ptb.ipynb #d7b81dde
 def _tokens(text, after):
     "The tokens of one caption that is one line; `after`: the next one"
     if _SPANS(text): return _clean(_scan(text, after))
@@ -216,7 +216,7 @@ def ptb_tokens(
         if not c.isascii() or not c.isprintable(): c = _LINE.sub(" ", c)
         tokens = _quick(c)
         out.append(_tokens(c, after) if tokens is None else tokens)
-        if c.strip(): after = c
+        after = c if c.strip() else "\n" + after
     return out[::-1]
 
 # %% ../../nbs/text/04_ptb.ipynb #b1b51a18
