@@ -75,7 +75,7 @@ NAME = "[A-Za-z][A-Za-z0-9_:.-]*"
 TAG = rf"<{NAME}(?: +{NAME}(?: *= *(?:\"[^\"\n]*\"|'[^'\n]*'))?)* */?>|</{NAME} *>|<[!?][A-Za-z-][^>\n]*>"
 PATH = r"(?:/[^ \n\"<>|()]+[^ \n\"<>|.!?(){},-])?"
 
-# %% ../../nbs/text/04_ptb.ipynb #cb23f934
+# %% ../../nbs/text/04_ptb.ipynb #bff9344c
 def _any_case(w): return "".join(f"[{c.upper()}{c}]" for c in w)
 
 _PLAIN = """
@@ -87,7 +87,8 @@ _LAST = """
     thurs bancorp""".split()  # may end a sentence
 _LOWER = "mfg mtg bhd pte pty ppte ppty ptes ptys pptes pptys".split()  # not in capitals
 _CAPITAL = "az la pa ark del ill ore tex mass miss wash".split()  # only with a capital
-NUMBERED = "|".join(map(_any_case, "ca no op pp art fig nos figs prop".split()))
+_NUMBERS = "ca no op pp art fig nos figs prop".split()  # before a number
+NUMBERED = "|".join(map(_any_case, _NUMBERS))
 ABBREVIATION = "|".join(map(_any_case, _PLAIN)) + "|[Mm]fg|[Mm]tg"
 LAST = "|".join([*map(_any_case, _LAST), *(f"[{w[0].upper()}{w[0]}]{w[1:]}" for w in _LOWER if w not in ("mfg", "mtg")),
                  *(w[0].upper() + _any_case(w[1:]) for w in _CAPITAL), r"[Pp][Hh]\.[Dd]"])
@@ -173,13 +174,13 @@ class _WithLines(_Kinds):
 
 _KEEP_LINES = _WithLines()
 
-# %% ../../nbs/text/04_ptb.ipynb #55e6dabf
+# %% ../../nbs/text/04_ptb.ipynb #b6fb9f1f
 _LINE = re.compile("[\n\r\v\f\x85\u2028\u2029\ud800-\udfff]")
 _PUNCTUATION = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 _EASY = re.compile(r"(?:[A-Za-z]+(?:-[A-Za-z]+)*(?:'s)?,? +)*(?:[A-Za-z]+-)*([A-Za-z]+)(?:'s)?(?: *[.!?])? *").fullmatch
 _SPLIT = re.compile(r"cannot|[gw][oa]nna|gotta|gimme|lemme").search
 _SPANS = re.compile(rf"<|[\d)][ \xa0]+\d|(?:^|[^A-Za-z0-9])[A-Za-z]\.(?:[ \xa0]|$)|(?:{NUMBERED})\.(?:[ \xa0]|$)|\. \.").search
-_DOTTED = {*_PLAIN, *_LAST, *_LOWER, *_CAPITAL}  # may keep a dot at the end
+_DOTTED = {*_PLAIN, *_LAST, *_LOWER, *_CAPITAL, *_NUMBERS}  # may keep a dot at the end
 _CHUNKS = {}  # scanned chunks
 
 def _clean(tokens):
