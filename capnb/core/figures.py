@@ -86,6 +86,7 @@ def _own_ids(svg):
 class Png(bytes):
     "Bytes of a PNG, shown as a picture"
     def _repr_png_(self): return bytes(self)
+    def __repr__(self): return f'PNG of {len(self)} bytes'
 
 def figure_png(
     fig, # matplotlib figure

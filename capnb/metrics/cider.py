@@ -28,10 +28,11 @@ class DocFreq:
     def __eq__(self, other): return isinstance(other, DocFreq) and (self.images, self.df) == (other.images, other.df)
     def __repr__(self): return f"DocFreq of {self.images} images, {len(self.df)} n-grams, {self.fingerprint}"
 
-# %% ../../nbs/metrics/06_cider.ipynb #2fa35979
+# %% ../../nbs/metrics/06_cider.ipynb #21218bd7
 def _image_counts(g, U):
     "(U,) number of images whose references have each n-gram"
-    return np.bincount(np.unique(g.ref_image*U + g.ref_gram) % U, minlength=U)
+    key = np.sort(g.ref_image*U + g.ref_gram)
+    return np.bincount(key[np.diff(key, prepend=-1) > 0] % U, minlength=U)
 
 def document_frequencies(
     references, # The references of each image: list of lists, dict by image id, or rows `{image_id, caption}`

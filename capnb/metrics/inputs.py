@@ -70,7 +70,7 @@ def pair(
     ids, cand, refs = _pair(candidates, references)
     return ids, [sanitize(c) for c in cand], [[sanitize(r) for r in rs] for rs in refs]
 
-# %% ../../nbs/metrics/00_inputs.ipynb #f43ca6a8
+# %% ../../nbs/metrics/00_inputs.ipynb #09293579
 class Inputs(NamedTuple):
     "Captions ready for any metric."
     ids:list # Image ids, any hashable
@@ -81,6 +81,7 @@ class Inputs(NamedTuple):
     truth:list|None # What is known of each image, for metrics that read it
     settings:dict # What defines the values; metrics add theirs
     idf:object=None # Document frequencies of other references, for CIDEr-D; None: those of these references
+    shared:dict=None # What one metric counted and another can use
     images:object=None # Pictures for metrics that look: list, dict by id, or `CaptionDataset`
     encoder:object=None # Dual encoder or its name, for metrics that look; None: the shipped one
 
@@ -97,7 +98,7 @@ def mean_measure(
     "A measure whose corpus value is the mean over the images."
     return Measure(float(np.mean(values)), [float(v) for v in values])
 
-# %% ../../nbs/metrics/00_inputs.ipynb #3dcbc8e6
+# %% ../../nbs/metrics/00_inputs.ipynb #5f103179
 PTB = "PTB (Python, as CoreNLP 3.4.1, lower case, punctuation removed)"
 
 def _truths(truth, ids):
@@ -113,14 +114,15 @@ def _tokenized(tokenizer, cand, refs):
     "Tokens of candidates and references, and the tokenizer's name"
     if tokenizer in (None, "auto", "ptb"): tokenizer = ptb_tokens
     if not callable(tokenizer): raise MetricError("This is not a tokenizer", where=repr(tokenizer), expected="a function from a list of captions to a list of token strings")
-    flat = cand + [c for rs in refs for c in rs]
-    done = list(tokenizer(flat))
-    if len(done) != len(flat): raise MetricError(f"The tokenizer gave {len(done)} texts for {len(flat)} captions")
-    rest = iter(done[len(cand):])
+    flat = [c for rs in refs for c in rs]
+    tokens, ref_tokens = list(tokenizer(cand)), list(tokenizer(flat))
+    for given, done in ((cand, tokens), (flat, ref_tokens)):
+        if len(done) != len(given): raise MetricError(f"The tokenizer gave {len(done)} texts for {len(given)} captions")
+    rest = iter(ref_tokens)
     name = PTB if tokenizer is ptb_tokens else getattr(tokenizer, "__qualname__", repr(tokenizer))
-    return done[:len(cand)], [[next(rest) for _ in rs] for rs in refs], name
+    return tokens, [[next(rest) for _ in rs] for rs in refs], name
 
-# %% ../../nbs/metrics/00_inputs.ipynb #2efaef20
+# %% ../../nbs/metrics/00_inputs.ipynb #afcc1182
 def prepare(
     candidates, # One caption per image, see `pair`
     references, # The references of each image, see `pair`
@@ -133,7 +135,7 @@ def prepare(
     tokens, ref_tokens, name = _tokenized(tokenizer, cand, refs)
     settings = {"images": len(ids), "tokenizer": name, "empty_candidates": sum(not t for t in tokens)}
     if truth is not None: truth = _truths(truth, ids)
-    return Inputs(ids, [sanitize(c) for c in cand], [[sanitize(r) for r in rs] for rs in refs], tokens, ref_tokens, truth, settings, idf)
+    return Inputs(ids, [sanitize(c) for c in cand], [[sanitize(r) for r in rs] for rs in refs], tokens, ref_tokens, truth, settings, idf, {})
 
 # %% ../../nbs/metrics/00_inputs.ipynb #f363aa8f
 def pool_bleu(

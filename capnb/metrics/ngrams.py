@@ -78,7 +78,7 @@ def _matched(c, N, owner):
     if len(key): at[key[at] != wanted] = -1
     return Grams(c.caption[:cut], c.gram[:cut], c.count[:cut], ref, owner[ref], c.gram[cut:], c.count[cut:], at)
 
-# %% ../../nbs/metrics/05_ngrams.ipynb #2638fdbf
+# %% ../../nbs/metrics/05_ngrams.ipynb #03a3fc93
 def owners(
     x:Inputs, # Paired and tokenized captions
 ) -> np.ndarray: # (n_references,) index of the image of each reference
@@ -89,9 +89,12 @@ def matched_ngrams(
     x:Inputs, # Paired and tokenized captions
     n:int=4, # Longest n-gram
 ) -> tuple: # (list of `Grams` for 1 to n, list of `Counts`, the words by number)
-    "The n-grams of all candidates and references, matched image by image."
+    "The n-grams of all candidates and references, matched image by image; kept for the next metric."
+    if x.shared and ("ngrams", n) in x.shared: return x.shared["ngrams", n]
     counts, words = count_ngrams([*x.tokens, *chain.from_iterable(x.reference_tokens)], n)
-    return [_matched(c, len(x.ids), owners(x)) for c in counts], counts, words
+    out = [_matched(c, len(x.ids), owners(x)) for c in counts], counts, words
+    if x.shared is not None and sum(len(c.gram) for c in counts) < 10_000_000: x.shared["ngrams", n] = out
+    return out
 
 # %% ../../nbs/metrics/05_ngrams.ipynb #bed7a831
 def _lengths(texts): return np.fromiter((len(t.split()) for t in texts), np.int64, len(texts))

@@ -75,7 +75,7 @@ NAME = "[A-Za-z][A-Za-z0-9_:.-]*"
 TAG = rf"<{NAME}(?: +{NAME}(?: *= *(?:\"[^\"\n]*\"|'[^'\n]*'))?)* */?>|</{NAME} *>|<[!?][A-Za-z-][^>\n]*>"
 PATH = r"(?:/[^ \n\"<>|()]+[^ \n\"<>|.!?(){},-])?"
 
-# %% ../../nbs/text/04_ptb.ipynb #cb23f934
+# %% ../../nbs/text/04_ptb.ipynb #bff9344c
 def _any_case(w): return "".join(f"[{c.upper()}{c}]" for c in w)
 
 _PLAIN = """
@@ -87,14 +87,15 @@ _LAST = """
     thurs bancorp""".split()  # may end a sentence
 _LOWER = "mfg mtg bhd pte pty ppte ppty ptes ptys pptes pptys".split()  # not in capitals
 _CAPITAL = "az la pa ark del ill ore tex mass miss wash".split()  # only with a capital
-NUMBERED = "|".join(map(_any_case, "ca no op pp art fig nos figs prop".split()))
+_NUMBERS = "ca no op pp art fig nos figs prop".split()  # before a number
+NUMBERED = "|".join(map(_any_case, _NUMBERS))
 ABBREVIATION = "|".join(map(_any_case, _PLAIN)) + "|[Mm]fg|[Mm]tg"
 LAST = "|".join([*map(_any_case, _LAST), *(f"[{w[0].upper()}{w[0]}]{w[1:]}" for w in _LOWER if w not in ("mfg", "mtg")),
                  *(w[0].upper() + _any_case(w[1:]) for w in _CAPITAL), r"[Pp][Hh]\.[Dd]"])
 STARTERS = "|".join(w[0] + _any_case(w[1:]) for w in """A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Now Once
     One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You""".split()) + r"|M[rR]\.|M[sS]\."
 
-# %% ../../nbs/text/04_ptb.ipynb #f5b5e4cb
+# %% ../../nbs/text/04_ptb.ipynb #72e1b027
 _RULES = [  # (name, starts, pattern)
     ("skip", ".", "[ \xa0]+|[\0‐٫]"),
     ("", "a", r"([Cc][Aa][Nn])[Nn][Oo][Tt]"),
@@ -102,7 +103,7 @@ _RULES = [  # (name, starts, pattern)
     ("tag", ".", TAG),
     ("entity", ".", r"&(?i:amp|lt|gt|quot|apos|nbsp|ndash|mdash|md|ql|qr|lr|ur|odq|cdq|[aeiou](?:acute|grave|uml)|#[0-9]+);"),
     ("", "a.", WORD), ("", "d", PART), ("", "ad", PIECES), ("", "ad", rf"{SLASH}(?:\\?/{SLASH}){{1,2}}"), ("", "ad", DASHED),
-    ("", "ad", rf"((?:{PIECES}|{DOTTED}|{TWO}|{FILE}|{DASHED}|{AMP}|{FRACTION})\.)[,;:、]"),          # oz.,
+    ("", "ad", rf"((?:{PIECES}|{DOTTED}|{TWO}|{FILE}|{DASHED}|{AMP})\.)[,;:、]"),          # oz.,
     ("", "d.", rf"[-+]?(?:[{D}]*(?:[.,:\xad٫][{D}]+)+|[{D}]+)"),                                      # 1,000.50 5:30 -3
     ("", "a", rf"([A-Za-z]*[A-MO-Za-mo-z])[nN]{AQ}[tT]"), ("clitic", "a", rf"[nN]{AQ}[tT]"),          # do n't
     ("", "ad.", rf"({PIECES}|{WORD}|{DOTTED}){AP}{AUX}"), ("clitic", ".", rf"'{AUX}(?![A-Za-z])|’{AUX}"),  # dog 's
@@ -113,11 +114,11 @@ _RULES = [  # (name, starts, pattern)
     ("clitic", ".", rf"('{AUX})[^A-Za-z]"), ("", ".", rf"{AP}[2-9]0[sS]|({AP}[0-9][0-9])[ \xa0\n]"), ("", ".", r"(')[A-Za-z][^ \xa0\n]"),  # '90s
 ]
 
-# %% ../../nbs/text/04_ptb.ipynb #f33a9ade
+# %% ../../nbs/text/04_ptb.ipynb #8e6dfa5a
 _RULES += [
     ("", "a", r"[A-Za-z](?:\.[A-Za-z])*\.|[A-Za-z](?:\.[A-Za-z])+"),                                  # U.S. p.m
     ("", "a", rf"([A-Za-z])\.[ \xa0\n]+(?:{STARTERS}|{TAG})[ \xa0\n]"),
-    ("", "a", rf"((?:{LAST})\.)[^ \n\xa0]?"), ("", "a", rf"(?:{ABBREVIATION}|{LAST})\."), ("", "a", rf"((?:{NUMBERED})\.)[ \xa0]?[{D}]"),
+    ("", "a", rf"((?:{LAST})\.)[^ \n\xa0]?"), ("", "a", rf"(?:{ABBREVIATION}|{LAST})\."), ("", "a", rf"((?:{NUMBERED})\.)[ \xa0\n]?[{D}]"),
     ("amp", "a", AMP), ("", "a.", r"([A-Z]+\$)|\$"), ("", "ad", rf"({FILE})(?=[ \n.!?,])"), ("", "a.", DOTTED), ("", "a", r"[CFcf]#|[Cc]\+\+"),
     ("", ".", r"#[A-Za-zéˇ]+"), ("", ".", r"@[A-Za-z_][A-Za-z0-9_]*"),
     ("", "ad.", r"(?:&lt;|<)?[A-Za-z0-9][^ \n\"<>|(){}\xa0]*@(?:[^ \n\"<>|(){}\xa0.]+\.)*[^ \n\"<>|(){}\xa0.]+>?"),   # me@home.org
@@ -173,13 +174,13 @@ class _WithLines(_Kinds):
 
 _KEEP_LINES = _WithLines()
 
-# %% ../../nbs/text/04_ptb.ipynb #196140a3
+# %% ../../nbs/text/04_ptb.ipynb #b6fb9f1f
 _LINE = re.compile("[\n\r\v\f\x85\u2028\u2029\ud800-\udfff]")
 _PUNCTUATION = {"''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
-_EASY = re.compile(r"(?:[A-Za-z]+(?:-[A-Za-z]+)*(?:'s)?,? +)*[A-Za-z]+(?:-[A-Za-z]+)*(?:'s)?(?: *[.!?])? *").fullmatch
+_EASY = re.compile(r"(?:[A-Za-z]+(?:-[A-Za-z]+)*(?:'s)?,? +)*(?:[A-Za-z]+-)*([A-Za-z]+)(?:'s)?(?: *[.!?])? *").fullmatch
 _SPLIT = re.compile(r"cannot|[gw][oa]nna|gotta|gimme|lemme").search
-_SPANS = re.compile(rf"<|[\d)][ \xa0]+\d|(?:^|[^A-Za-z0-9])[A-Za-z]\.(?:[ \xa0]|$)|(?:{NUMBERED})\.[ \xa0]|\. \.").search
-_DOT = re.compile(rf"(?:^|[^A-Za-z])(?:[A-Za-z]|{ABBREVIATION}|{LAST})\. *$").search
+_SPANS = re.compile(rf"<|[\d)][ \xa0]+\d|(?:^|[^A-Za-z0-9])[A-Za-z]\.(?:[ \xa0]|$)|(?:{NUMBERED})\.(?:[ \xa0]|$)|\. \.").search
+_DOTTED = {*_PLAIN, *_LAST, *_LOWER, *_CAPITAL, *_NUMBERS}  # may keep a dot at the end
 _CHUNKS = {}  # scanned chunks
 
 def _clean(tokens):
@@ -193,16 +194,19 @@ def _chunk(text):
         _CHUNKS[text] = _clean(_scan(text))
     return _CHUNKS[text]
 
-# %% ../../nbs/text/04_ptb.ipynb #926ac215
+# %% ../../nbs/text/04_ptb.ipynb #d7b81dde
 def _tokens(text, after):
     "The tokens of one caption that is one line; `after`: the next one"
     if _SPANS(text): return _clean(_scan(text, after))
     return " ".join([w for c in text.split(" ") if c and (w := _chunk(c))])
 
 def _quick(text):
-    "The tokens of a plain caption"
-    text = text.lower().rstrip().rstrip(".!?")
-    return " ".join(text.replace(",", " ").replace("'s", " 's").split())
+    "The tokens of a plain caption; None: it is not plain"
+    plain = _EASY(text)
+    if not plain: return None
+    text, end = text.lower(), plain[1].lower()
+    if _SPLIT(text) or (len(end) == 1 or end in _DOTTED) and "." in text: return None
+    return " ".join(text.rstrip(" .!?").replace(",", " ").replace("'s", " 's").split())
 
 def ptb_tokens(
     captions:list, # Texts in their order; line separators in them become blanks
@@ -211,9 +215,9 @@ def ptb_tokens(
     out, after = [], ""
     for c in reversed(captions):
         if not c.isascii() or not c.isprintable(): c = _LINE.sub(" ", c)
-        if _EASY(c) and not _SPLIT(c.lower()) and not _DOT(c): out.append(_quick(c))
-        else: out.append(_tokens(c, after))
-        if c.strip(): after = c
+        tokens = _quick(c)
+        out.append(_tokens(c, after) if tokens is None else tokens)
+        after = c if c.strip() else "\n" + after
     return out[::-1]
 
 # %% ../../nbs/text/04_ptb.ipynb #b1b51a18
