@@ -63,6 +63,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'capnb.core.fetch.part_folder': ('core/fetch.html#part_folder', 'capnb/core/fetch.py'),
                                   'capnb.core.fetch.unpack': ('core/fetch.html#unpack', 'capnb/core/fetch.py')},
             'capnb.core.figures': { 'capnb.core.figures.Png': ('core/figures.html#png', 'capnb/core/figures.py'),
+                                    'capnb.core.figures.Png.__repr__': ('core/figures.html#png.__repr__', 'capnb/core/figures.py'),
                                     'capnb.core.figures.Png._repr_png_': ('core/figures.html#png._repr_png_', 'capnb/core/figures.py'),
                                     'capnb.core.figures._own_ids': ('core/figures.html#_own_ids', 'capnb/core/figures.py'),
                                     'capnb.core.figures.figure_png': ('core/figures.html#figure_png', 'capnb/core/figures.py'),

@@ -92,7 +92,7 @@ def image_objects(
     except (KeyError, TypeError) as e: raise CapnbError(f'This is no COCO instances file: {type(e).__name__} {e}', where=path, expected='categories with id and name, annotations with image_id and category_id') from None
     return out
 
-# %% ../../nbs/study/09_score_files.ipynb #6062ad3f
+# %% ../../nbs/study/09_score_files.ipynb #e7bb0a3b
 def _arguments(p):
     "Arguments that `score` and `compare` share"
     p.add_argument('references', metavar='REFERENCES', help='COCO captions file or {id: [captions]}')
@@ -116,6 +116,7 @@ def _scored(paths, args):
     said = [{i:files[p][i] for i in ids} for p in paths]
     return [score_captions(c, refs, names, truth=truth, idf=args.idf, **look) for c in said],said,refs
 
+# %% ../../nbs/study/09_score_files.ipynb #75bbf773
 def score_command(
     p # parser of the sub-command
 ): # function of the parsed arguments
