@@ -93,7 +93,7 @@ def study_command(
 ): # function of the parsed arguments
     "Arguments of `capnb study`"
     full,quick = SIZES['full'],SIZES['quick']
-    p.add_argument('--data', default='scenes', metavar='SPEC', help='scenes | coco:CAPTIONS.json:IMAGES | folder:PATH (default: scenes)')
+    p.add_argument('--data', default='scenes', metavar='SPEC', help='scenes | coco:CAPTIONS.json:IMAGES | folder:PATH | more: capnb data --help (default: scenes)')
     p.add_argument('--base', default='tiny', metavar='NAME', help='captioner to start from: a name or a folder (default: tiny)')
     p.add_argument('--methods', nargs='+', metavar='M', help=f"A B, or A,B, or all (default: {','.join(full['methods'])}; quick: {','.join(quick['methods'])})")
     p.add_argument('--seeds', type=int, metavar='N', help=f"seeds of each trained method (default: {full['seeds']}; quick: {quick['seeds']})")
