@@ -95,15 +95,15 @@ LAST = "|".join([*map(_any_case, _LAST), *(f"[{w[0].upper()}{w[0]}]{w[1:]}" for 
 STARTERS = "|".join(w[0] + _any_case(w[1:]) for w in """A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More Now Once
     One Other Our She Since So Some Such That The Their Then There These They This We What When While Yet You""".split()) + r"|M[rR]\.|M[sS]\."
 
-# %% ../../nbs/text/04_ptb.ipynb #72e1b027
+# %% ../../nbs/text/04_ptb.ipynb #b5773d72
 _RULES = [  # (name, starts, pattern)
     ("skip", ".", "[ \xa0]+|[\0‐٫]"),
     ("", "a", r"([Cc][Aa][Nn])[Nn][Oo][Tt]"),
     ("", "a", r"([Gg][Oo][Nn]|[Ww][Aa][Nn])[Nn][Aa]|([Gg][Oo][Tt])[Tt][Aa]|([LlGg][EeIi][Mm])[Mm][Ee]"),
     ("tag", ".", TAG),
     ("entity", ".", r"&(?i:amp|lt|gt|quot|apos|nbsp|ndash|mdash|md|ql|qr|lr|ur|odq|cdq|[aeiou](?:acute|grave|uml)|#[0-9]+);"),
-    ("", "a.", WORD), ("", "d", PART), ("", "ad", PIECES), ("", "ad", rf"{SLASH}(?:\\?/{SLASH}){{1,2}}"), ("", "ad", DASHED),
-    ("", "ad", rf"((?:{PIECES}|{DOTTED}|{TWO}|{FILE}|{DASHED}|{AMP})\.)[,;:、]"),          # oz.,
+    ("", "a.", WORD), ("", "d", PART), ("", "ad", PIECES[:-1] + "+"), ("", "ad", rf"{SLASH}(?:\\?/{SLASH}){{1,2}}"), ("", "ad", DASHED),
+    ("", "ad", rf"((?:{PIECES}|{DOTTED}|{FILE}|{DASHED}|{AMP})\.)[,;:、]"),          # oz.,
     ("", "d.", rf"[-+]?(?:[{D}]*(?:[.,:\xad٫][{D}]+)+|[{D}]+)"),                                      # 1,000.50 5:30 -3
     ("", "a", rf"([A-Za-z]*[A-MO-Za-mo-z])[nN]{AQ}[tT]"), ("clitic", "a", rf"[nN]{AQ}[tT]"),          # do n't
     ("", "ad.", rf"({PIECES}|{WORD}|{DOTTED}){AP}{AUX}"), ("clitic", ".", rf"'{AUX}(?![A-Za-z])|’{AUX}"),  # dog 's
@@ -114,7 +114,7 @@ _RULES = [  # (name, starts, pattern)
     ("clitic", ".", rf"('{AUX})[^A-Za-z]"), ("", ".", rf"{AP}[2-9]0[sS]|({AP}[0-9][0-9])[ \xa0\n]"), ("", ".", r"(')[A-Za-z][^ \xa0\n]"),  # '90s
 ]
 
-# %% ../../nbs/text/04_ptb.ipynb #8e6dfa5a
+# %% ../../nbs/text/04_ptb.ipynb #92687d9f
 _RULES += [
     ("", "a", r"[A-Za-z](?:\.[A-Za-z])*\.|[A-Za-z](?:\.[A-Za-z])+"),                                  # U.S. p.m
     ("", "a", rf"([A-Za-z])\.[ \xa0\n]+(?:{STARTERS}|{TAG})[ \xa0\n]"),
@@ -127,13 +127,13 @@ _RULES += [
     ("", "a.", rf"(?:[^ \n\"`'<>|.!?(){{}},-_$]+\.)+(?i:com|net|org|edu){PATH}"),
     ("spaced", "d", FRACTION), ("", "d", r"[0-9]{1,2}[-/][0-9]{1,2}[-/][0-9]{2,4}"),
     ("spaced", "d.", r"(?:\([0-9]{2,3}\) ?|(?:\+\+?)?(?:[0-9]{2,4}[- \xa0])?[0-9]{2,4}[- \xa0])[0-9]{3,4}[- \xa0]?[0-9]{3,5}"),  # (555) 123-4567
-    ("face", ".", r"[<>]?[:;=]['*o-]?[()DPpdO@\[\]\\{|](?![A-Za-z0-9])"), ("face", "a.", r"['\-<=>^~x]_['\-<=>^~x]|\(['\-<=>^~][_.]?['\-<=>^~]\)"),
+    ("face", ".", r"[<>]?[:;=]['*o-]?[()DPpdO@\[\]\\{|](?![A-Za-z0-9])"), ("face", "a.", r"['\-<=>^~x]_['\-<=>^~x]|\(['\-<=>^~x][_.]?['\-<=>^~x]\)"),
     ("", ".", r"⁺?(?:²+|₂+)"), ("dash", ".", r"-{2,}|–"), ("dots", ".", r"\.\.\.+|…|\. \. \."),
     ("quotes", ".", r"[`‘’“”‚‹›]{1,2}|''"), ("", ".", r"[?!]+|(?:\\?\*)+|#+|@@+|__+|<<|>>"), ("", ".", r"[\x21-\x7e§٫£¢€½⁄、²₂⁺]"),
 ]
 _BY_START = {k: [(name, re.compile(rx).match) for name, starts, rx in _RULES if k in starts] for k in "ad."}
 
-# %% ../../nbs/text/04_ptb.ipynb #c2d2a328
+# %% ../../nbs/text/04_ptb.ipynb #ab130b16
 _SPELL = {"(": "-LRB-", ")": "-RRB-", "[": "-LSB-", "]": "-RSB-", "{": "-LCB-", "}": "-RCB-", "£": "#", "€": "$", "¢": "cents",
           "“": "``", "”": "''", "‘": "`", "‹": "`", "›": "'", "’": "'", '"': "''"}
 _FRACTIONS = {"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
@@ -150,7 +150,7 @@ def _spell(name, word, kinds):
     if name == "quotes": return "".join(_SPELL.get(k, c) for k, c in zip(kinds, word))
     if name == "clitic": word = "".join({"’": "'", "‘": "`"}.get(k, c) for k, c in zip(kinds, word))
     if name in ("face", "spaced"): word = word.replace("(", "-LRB-").replace(")", "-RRB-")
-    if name == "spaced": word = word.replace(" ", "\xa0")
+    if name in ("spaced", "tag"): word = word.replace(" ", "\xa0")
     if name == "amp": word = word.replace("&amp;", "&")
     return word.replace("\xad", "") or ("-" if "\xad" in kinds else "")
 
