@@ -90,10 +90,11 @@ def matched_ngrams(
     n:int=4, # Longest n-gram
 ) -> tuple: # (list of `Grams` for 1 to n, list of `Counts`, the words by number)
     "The n-grams of all candidates and references, matched image by image; kept for the next metric."
-    if x.shared and ("ngrams", n) in x.shared: return x.shared["ngrams", n]
+    kept = (x.shared or {}).get(("ngrams", n))
+    if kept and kept[0] is x.tokens and kept[1] is x.reference_tokens: return kept[2]  # not those of captions that were replaced
     counts, words = count_ngrams([*x.tokens, *chain.from_iterable(x.reference_tokens)], n)
     out = [_matched(c, len(x.ids), owners(x)) for c in counts], counts, words
-    if x.shared is not None and sum(len(c.gram) for c in counts) < 10_000_000: x.shared["ngrams", n] = out
+    if x.shared is not None and sum(len(c.gram) for c in counts) < 10_000_000: x.shared["ngrams", n] = (x.tokens, x.reference_tokens, out)
     return out
 
 # %% ../../nbs/metrics/05_ngrams.ipynb #bed7a831
