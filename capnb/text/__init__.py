@@ -5,6 +5,7 @@ lazy(__name__,
      words="sanitize words",
      graph="SceneGraph Node Edge draw_graph",
      synonyms="Synonyms",
+     ptb="ptb_tokens",
      parse="parse",
      factual="read_factual grade",
      nearest="bm25 tuple_overlap")
