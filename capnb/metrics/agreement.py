@@ -238,7 +238,7 @@ def human_agreement(
     _, group = np.unique(np.array([str(i) for i in j.images]), return_inverse=True)
     rows, out = [], []
     for name, x in metric_values(j.captions, [j.references[i] for i in j.images], metrics, **settings).items():
-        if not np.isfinite(x).all() and metrics is not None: raise MetricError(f"{name} has no value for {(~np.isfinite(x)).sum()} captions", where=j.name)
+        if not np.isfinite(x).all() and isinstance(metrics, Mapping): raise MetricError(f"{name} has no value for {(~np.isfinite(x)).sum()} captions", where=j.name)
         if not np.isfinite(x).all() or x.min() == x.max(): out.append(name); continue
         rows.append(TauRow(name, *_tau_interval(x[at], y, group[at], variant, draws, level, seed), known.get(name) if variant == j.variant else None))
     about = f"{j!r}; tau-{variant} of {len(y):,} points ({'each rating' if ratings == 'each' else 'mean rating'}), {level:.0%} intervals over images"
@@ -295,7 +295,9 @@ def pair_agreement(
     kinds, group, rows = np.array([p.kind for p in pairs]), np.array([str(p.image) for p in pairs]), []
     for name, v in values.items():
         got = np.sign(v[:n] - v[n:])
-        if not np.isfinite(got).all(): raise MetricError(f"{name} has no value for a caption", where=pairs.name)
+        if not np.isfinite(got).all():
+            if isinstance(metrics, Mapping): raise MetricError(f"{name} has no value for a caption", where=pairs.name)
+            continue # part of a metric, such as SPICE of colours where no colour is named
         ok = np.where(want*got == 0, .5, want == got)
         for kind in ["all", *dict.fromkeys(k for k in kinds if k)]:
             at = np.ones(n, bool) if kind == "all" else kinds == kind
