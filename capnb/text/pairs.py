@@ -92,8 +92,8 @@ def caption_arrays(
         for i, j, *said in rule_pairs(d, s, preps): rule[k, i, j], prep[k, i, j], verb[k, i, j] = said
     return dict(out, tensor=tensor, size=size, code=code, left=left, right=right, rule=rule, rule_prep=prep, rule_verb=verb)
 
-# %% ../../nbs/text/03_pairs.ipynb #400cb3d7
-def _sigmoid(x): return 1/(1 + np.exp(-np.clip(x, -30, 30)))
+# %% ../../nbs/text/03_pairs.ipynb #fa3ae95a
+def _sigmoid(x): return .5*np.tanh(.5*x) + .5
 
 def lstm(
     x, # (B, n, d) inputs
@@ -103,16 +103,17 @@ def lstm(
 ) -> np.ndarray: # (B, n, h) states
     "States of a one-way LSTM."
     B, n, _ = x.shape; d = u.shape[1]
-    xs = x @ w.T + b                                                      # (B, n, 4h)
+    xs, u = x.transpose(1, 0, 2).reshape(n*B, -1) @ w.T + b, np.ascontiguousarray(u.T)
+    xs = xs.reshape(n, B, 4*d)
     h, c, out = np.zeros((B, d), x.dtype), np.zeros((B, d), x.dtype), np.empty((B, n, d), x.dtype)
     for t in range(n):
-        z = xs[:, t] + h @ u.T                                            # (B, 4h)
-        gate = _sigmoid(z)
-        c = gate[:, d:2*d]*c + gate[:, :d]*np.tanh(z[:, 2*d:3*d])
-        out[:, t] = h = gate[:, 3*d:]*np.tanh(c)
+        z = xs[t] + h @ u                                                 # (B, 4h)
+        z[:, :2*d] *= .5; z[:, 3*d:] *= .5; z = np.tanh(z)                # sigmoid(v) = (1 + tanh(v/2))/2
+        c = .5*((z[:, d:2*d] + 1)*c + (z[:, :d] + 1)*z[:, 2*d:3*d])
+        out[:, t] = h = .5*(z[:, 3*d:] + 1)*np.tanh(c)
     return out
 
-# %% ../../nbs/text/03_pairs.ipynb #c5a4acea
+# %% ../../nbs/text/03_pairs.ipynb #1c60239e
 _IDLE = set("DT CC , . : TO EX POS WDT WP WP$ WRB PRP$ `` '' $ -LRB- -RRB- LS PDT SYM _SP".split()) # tags of words without a label
 _NOT_NAMED = _IDLE | {"CD", "HYPH", "RBR", "UH"} # and of words that nothing is said of
 
@@ -126,8 +127,12 @@ class PairScorer:
         self.tags, self.deps, self.preps, self.trust = tables["tags"], tables["deps"], tables["preps"], tables["trust"]
         self.verbs, self.names, self.values = tables["verbs"], tables["names"], tables["values"]
         self.prep_number = {p: k for k, p in enumerate(self.preps)}
+        p = self.w["W"].shape[1]; halves = slice(p), slice(p, None)          # the first half of a pair's vector is for labels, the second for the wording
+        self.half = [{k: np.ascontiguousarray(self.w[k][:, s]) for k in ("code", "left", "right", "dist")} | {k: self.w[k][s] for k in ("U", "U_b", "V")} for s in halves]
         self.free = [np.array([True] + [t not in idle for t in self.tags]) for idle in (_IDLE, _NOT_NAMED)] # by tag number
-    def states(self, x):
+    def states(self,
+        x, # Batch from `caption_arrays`
+    ) -> np.ndarray:
         "(B, n, 256) states of the words of batch `x`"
         w, rows, head = self.w, np.arange(len(x["size"]))[:, None], x["head"]
         word, tag = w["word"][x["word"]], w["tag"][x["tag"]]
@@ -136,14 +141,21 @@ class PairScorer:
         back = np.where(back < 0, np.arange(n), back)
         there = lstm(v, w["w"], w["u"], w["b"]); again = lstm(v[rows, back], w["w_back"], w["u_back"], w["b_back"])
         return np.concatenate([there, again[rows, back]], -1)
-    def candidates(self, x):
+    def candidates(self,
+        x, # Batch from `caption_arrays`
+    ) -> tuple:
         "Pairs that may be labelled, as three arrays (M,): caption, i, j"
         real = np.arange(x["tag"].shape[1]) < x["size"][:, None]
         free, named = (f[x["tag"]] & real for f in self.free)
         return (free[:, :, None] & named[:, None] & ~np.eye(real.shape[1], dtype=bool)).nonzero()
-    def pairs(self, h, x, at):
-        "(M, 2p) vectors of the pairs `at`: p for the label, q for the wording"
-        (k, i, j), w = at, self.w
+    def pairs(self,
+        h, # (B, n, 256) states
+        x, # Batch from `caption_arrays`
+        at, # Pairs from `candidates`
+        wording:bool=False, # Whether q for the wording instead of p for the label
+    ) -> np.ndarray:
+        "(M, p) vectors of the pairs `at`"
+        (k, i, j), w = at, self.half[wording]
         v = (h @ w["U"].T + w["U_b"])[k, i] + (h @ w["V"].T)[k, j]
         v += w["code"][x["code"][at]]; v += w["left"][x["left"][at]]; v += w["right"][x["right"][at]]; v += w["dist"][np.clip(j - i, -16, 16) + 16]
         return np.maximum(v, 0, out=v)
@@ -167,25 +179,24 @@ def _wording(self, h, q, x, at):
     prep[m, rule[m] - 1] += tau[m]
     return verb, prep.argmax(1)
 
-# %% ../../nbs/text/03_pairs.ipynb #fdbeb701
+# %% ../../nbs/text/03_pairs.ipynb #3c80a48e
 def _score(self, docs):
     "Per caption: (n, n) labels, relations (i, j, verb, preposition), (n,) how likely a word is the only thing, the rules' statements"
     stated = [statements(d) for d in docs]
     x = caption_arrays(docs, self.tags, self.deps, self.prep_number, stated)
-    h = self.states(x); at = self.candidates(x); v = self.pairs(h, x, at)
-    n, p = h.shape[1], self.w["W"].shape[1]
-    scores = v[:, :p] @ self.w["W"].T + self.w["W_b"]                                     # (M, 4)
+    h = self.states(x); at = self.candidates(x); n = h.shape[1]
+    scores = self.pairs(h, x, at) @ self.w["W"].T + self.w["W_b"]                                     # (M, 4)
     scores[np.arange(len(scores)), x["rule"][at]] += self._trust(x["size"])[at[0]]
     label = np.zeros(x["rule"].shape, int); label[at] = best = scores.argmax(1)
     alone = np.where(np.arange(n) < x["size"][:, None], _sigmoid(h @ self.w["alone"][0] + self.w["alone_b"][0]), 0)
     related, pairs = [[] for _ in docs], tuple(a[best == 3] for a in at)
     if len(pairs[0]):
-        for k, i, j, verb, prep in zip(*pairs, *self._wording(h, v[best == 3, p:], x, pairs)): related[k].append((int(i), int(j), int(verb) if verb < n else int(n - 1 - verb), self.preps[prep]))
+        for k, i, j, verb, prep in zip(*pairs, *self._wording(h, self.pairs(h, x, pairs, True), x, pairs)): related[k].append((int(i), int(j), int(verb) if verb < n else int(n - 1 - verb), self.preps[prep]))
     return [(label[k, :m, :m], related[k], alone[k, :m], stated[k]) for k, m in enumerate(x["size"])]
 
 PairScorer.score, PairScorer._trust, PairScorer._wording = _score, _trust, _wording
 
-# %% ../../nbs/text/03_pairs.ipynb #2dbc5931
+# %% ../../nbs/text/03_pairs.ipynb #f99d2dec
 def phrase(
     doc, # A parsed caption
     words, # Numbers of words
@@ -195,6 +206,8 @@ def phrase(
     for a, b in zip(words, [*words[1:], None]): out += doc[a].lower_ + ("" if b is None or b == a + 1 and not doc[a].whitespace_ else " ")
     return out
 
+_FINITE = ("VB", "VBZ", "VBP", "VBD")
+
 def scored_statements(
     doc, # A parsed caption
     scored, # Its entry of `PairScorer.score`
@@ -203,11 +216,13 @@ def scored_statements(
     "Statements of a caption from the labels of its pairs."
     label, related, alone, rules = scored
     ruled, words = {(i, j): r for i, r, j in rules.relations}, {t.lower_ for t in doc}
+    claimed = {(k, j): v for k, j, v in rules.properties}
     joined, said, edges, joint = {}, [], [], set()
     for k, j in zip(*(label == 1).nonzero()): joined.setdefault(int(j), []).append(int(k))
     for k, j in zip(*(label == 2).nonzero()):
         v = phrase(doc, [*joined.get(k, []), k])
-        said.append((int(k), int(j), scorer.values.get(v) or NUMBERS.get(v, v)))
+        if (doc[k].dep_ == "acomp" or doc[k].tag_ == "CD") and (k, j) not in claimed and any(c in claimed and label[c] == 2 for c in claimed if c[0] == k): continue
+        said.append((int(k), int(j), claimed.get((k, j), v) if doc[k].tag_ in _FINITE else scorer.values.get(v) or NUMBERS.get(v, v)))
     for i, j, verb, prep in related:
         first = {-1: "", -2: "have", -3: "wear"}.get(verb)
         if first is None: first = scorer.verbs.get(doc[verb].lower_) or verb_lemma(doc[verb])
@@ -217,6 +232,8 @@ def scored_statements(
             if plain != "have": r = plain
             elif doc[j] in doc[i].conjuncts or doc[i] in doc[j].conjuncts: joint |= {i, j}; continue
         if r: edges.append((i, r, j))
+    spoken = joint | {k for i, _, j in edges for k in (i, j)} | {j for _, j, _ in said}
+    said += [(k, j, v) for (k, j), v in claimed.items() if doc[k].tag_ in _FINITE and j not in spoken and not label[j].any()]
     things = joint | {j for _, j, _ in said} | {k for i, _, j in edges for k in (i, j)}
     things |= {int(k) for k in (alone > .5).nonzero()[0]} if not things else set()
     return Statements(sorted(things), {j: sorted(w) for j, w in joined.items() if j in things}, said, edges)

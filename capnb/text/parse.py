@@ -13,7 +13,7 @@ from .pairs import pair_scorer, phrase, scored_statements
 from .rules import NAMES, language, statements
 from .words import sanitize
 
-# %% ../../nbs/text/06_parse.ipynb #4c381285
+# %% ../../nbs/text/06_parse.ipynb #76817cd5
 def _places(doc, caption):
     "Word number -> `(start, end)` in the caption as it was given; None where cleaning changed the word itself"
     if doc.text == caption: return {t.i: (t.idx, t.idx + len(t)) for t in doc}
@@ -38,7 +38,7 @@ def graph_of(
     nodes, ids = [], {j: k for k, j in enumerate(stated.things)}
     for j in stated.things:
         t, others, said = doc[j], stated.joined.get(j, []), list(dict.fromkeys(values[j]))
-        name, count = phrase(doc, [*others, j]), next((v for v in said if v.isdecimal()), None)
+        name, count = phrase(doc, [*others, j]), next((v for v in said if v.isascii() and v.isdecimal() and 1 < int(v) < 10**6), None)
         stem = name[:-len(t.lower_)] + t.lemma_.lower() if not others or max(others) < j else name
         nodes.append(Node(ids[j], names.get(stem, stem), t.text, where[j], tuple(v for v in said if v != count), int(count) if count else None, names.get(name, name)))
     edges = dict.fromkeys((ids[i], r, ids[j]) for i, r, j in stated.relations)
@@ -62,7 +62,7 @@ def _graphs(captions, batch_size, learned):
             out.append(graph_of(d, s, captions[len(out)], scorer.names if learned else NAMES))
     return out
 
-# %% ../../nbs/text/06_parse.ipynb #8f987abc
+# %% ../../nbs/text/06_parse.ipynb #d2fb0c98
 def _checked(captions):
     "Captions as a list of texts, or an error that names the bad one"
     captions = [captions] if isinstance(captions, str) else list(captions)
@@ -83,5 +83,6 @@ def parse(
     processes = min(processes, len(captions)//batch_size) if not multiprocessing.current_process().daemon else 1
     if processes < 2: return _graphs(captions, batch_size, learned)
     parts = [captions[len(captions)*k//processes:len(captions)*(k + 1)//processes] for k in range(processes)]
+    if multiprocessing.get_start_method() == "fork": language(), learned and pair_scorer()  # loaded once, shared by all
     with concurrent.futures.ProcessPoolExecutor(processes) as pool:
         return [g for part in pool.map(_graphs, parts, [batch_size]*processes, [learned]*processes) for g in part]

@@ -130,7 +130,7 @@ def _name_words(t):
         while i > 0 and not doc[i - 1].whitespace_ and (doc[i].text == "-" or doc[i - 1].text == "-") and not doc[i].lower_.startswith("'"): i -= 1; words.add(i)
     return sorted(words - {t.i})
 
-# %% ../../nbs/text/02_rules.ipynb #9752a8aa
+# %% ../../nbs/text/02_rules.ipynb #d132f70b
 def _properties(t):
     "Pairs (word, value) that stand before noun `t` or the words of its name"
     stuff = [(c, w) for c in t.children if c.dep_ == "compound" and c.i < t.i and (w := _stuff(c))]
@@ -150,7 +150,7 @@ _VAGUE = set("several many some few various multiple other more own such".split(
 
 def _number(w):
     "Digits of number word `w`, from two on; None for others"
-    n = NUMBERS.get(w.lower_, w.text if w.text.isdigit() and len(w) < 7 else None)
+    n = NUMBERS.get(w.lower_, w.text if w.text.isascii() and w.text.isdecimal() and len(w) < 7 else None)
     return n if n is not None and int(n) > 1 else None
 
 # %% ../../nbs/text/02_rules.ipynb #54496312
