@@ -387,7 +387,7 @@ def test_every_control_is_reached_and_named(browser, tmp_path, width):
         reached = set()
         for _ in range(12 + 2 * len(s.questions)):
             key_press(b, "Tab")
-            reached.add(b.eval("document.activeElement.id || document.activeElement.name"))
+            reached.add(b.eval("document.activeElement.id || document.activeElement.name || ''"))
         assert {"next", "part", "digits"} <= reached and any(r.startswith(s.questions[-1].key) for r in reached), reached
         assert not b.errors
 
