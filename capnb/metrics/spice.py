@@ -13,7 +13,7 @@ from .inputs import Inputs, Measure
 from ..text.parse import parse
 from ..text.synonyms import Synonyms
 
-# %% ../../nbs/metrics/10_spice.ipynb #e7acd4b1
+# %% ../../nbs/metrics/10_spice.ipynb #7917516c
 COLOURS = frozenset("red orange yellow green blue purple pink brown black white gray grey silver gold golden tan beige blonde turquoise teal maroon violet cream navy".split())
 SIZES = frozenset("big large small little tiny huge giant tall short long wide narrow massive enormous miniature gigantic thick thin".split())
 
@@ -35,6 +35,7 @@ def tuples(
             o[n.lemma,] = None
             for w in n.attributes: a[n.lemma, w.lower()] = None
             if n.count is not None and n.count > 1: a[n.lemma, str(n.count)] = None
+        for w in g.mentioned: o[w,] = None
         for e in g.edges: r[name[e.subject_id], e.relation, name[e.object_id]] = None
     return Tuples(tuple(o), tuple(a), tuple(r))
 

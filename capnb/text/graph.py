@@ -30,12 +30,13 @@ class Edge(NamedTuple):
 # %% ../../nbs/text/01_graph.ipynb #86b71efa
 class SceneGraph:
     "Nodes and edges; `triples`, `objects` and `lemmas` are views of them."
-    __slots__ = ("nodes", "edges")
+    __slots__ = ("nodes", "edges", "mentioned")
     def __init__(self,
         nodes=(), # `Node`s in caption order
         edges=(), # `Edge`s between their ids
+        mentioned=(), # Lemmas of nouns that are no node: without a statement, or the head of a longer name; SPICE counts them
     ):
-        self.nodes, self.edges = list(nodes), list(edges)
+        self.nodes, self.edges, self.mentioned = list(nodes), list(edges), list(mentioned)
     def __eq__(self, other): return isinstance(other, SceneGraph) and (self.nodes, self.edges) == (other.nodes, other.edges)
     def __bool__(self): return bool(self.nodes)
     def __repr__(self): return "SceneGraph: " + "; ".join(" ".join(t) for t in self.triples())
@@ -106,13 +107,13 @@ SceneGraph._repr_html_ = draw_graph
 def to_json(self:SceneGraph) -> dict: # `{"nodes": [[...]], "edges": [[...]]}`
     "Plain lists and numbers, ready for `json.dumps`."
     nodes = [[n.id, n.lemma, n.surface, list(n.span) if n.span else None, list(n.attributes), n.count, n.name] for n in self.nodes]
-    return {"nodes": nodes, "edges": [list(e) for e in self.edges]}
+    return {"nodes": nodes, "edges": [list(e) for e in self.edges], **({"mentioned": self.mentioned} if self.mentioned else {})}
 
 def from_json(
     obj:dict, # What `to_json` gave
 ) -> SceneGraph: # An equal graph
     "The graph that `to_json` wrote."
     nodes = [Node(i, l, s, tuple(p) if p else None, tuple(a), *rest) for i, l, s, p, a, *rest in obj["nodes"]]
-    return SceneGraph(nodes, [Edge(*e) for e in obj["edges"]])
+    return SceneGraph(nodes, [Edge(*e) for e in obj["edges"]], obj.get("mentioned", ()))
 
 SceneGraph.to_json, SceneGraph.from_json = to_json, staticmethod(from_json)

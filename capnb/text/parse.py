@@ -42,7 +42,10 @@ def graph_of(
         stem = name[:-len(t.lower_)] + t.lemma_.lower() if not others or max(others) < j else name
         nodes.append(Node(ids[j], names.get(stem, stem), t.text, where[j], tuple(v for v in said if v != count), int(count) if count else None, names.get(name, name)))
     edges = dict.fromkeys((ids[i], r, ids[j]) for i, r, j in stated.relations)
-    return SceneGraph(nodes, [Edge(*e) for e in edges])
+    known = {n.lemma for n in nodes}
+    nouns = (t.lemma_.lower() for t in doc if t.pos_ in ("NOUN", "PROPN") and t.dep_ != "compound")
+    mentioned = dict.fromkeys(w for w in nouns if w not in known)  # also the head of a longer name: racket of tennis racket
+    return SceneGraph(nodes, [Edge(*e) for e in edges], mentioned)
 
 # %% ../../nbs/text/06_parse.ipynb #33992977
 _FINITE = ("VBZ", "VBP", "VBD")
