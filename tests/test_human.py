@@ -11,7 +11,7 @@ from PIL import Image
 from capnb.core.errors import CapnbError, ConfigError, DataError
 from capnb.data.records import Record
 from capnb.metrics.human import (COLUMNS, Question, SIDES, answers_csv, check_sum, contrastive, likert, pairwise, read_answers, study_key, study_page)
-from capnb.metrics.raters import alpha_interval, crossed_means, krippendorff_alpha, permutation_test, preference_rates, sign_test, simulate_raters, summary
+from capnb.metrics.raters import alpha_interval, crossed_means, krippendorff_alpha, mean_test, preference_rates, sign_test, simulate_raters, summary
 
 METHODS = ("LoRA-r8-secret", "zero_shot_secret")
 EVIL = ["</script><img src=x onerror=alert(1)>", "<!--<script>alert(2)</script>", "\"'><svg onload=alert(3)>", "]]>\u2028\u2029\u202egnihtyna\x00\x07", "&lt;b&gt; {braces} \\u003c", "", "日本語 🐶 العربية", "a" * 3000]
@@ -263,8 +263,8 @@ def test_permutation_and_sign_tests():
     x = rng.normal(.2, 1, 13)
     from itertools import product
     exact = np.mean([abs(np.dot(f, x)) >= abs(x.sum()) - 1e-12 for f in product((1, -1), repeat=13)])
-    assert math.isclose(permutation_test(x), exact)
-    assert abs(permutation_test(np.r_[x, x], 20000) - permutation_test(np.r_[x, x], 20000, seed=1)) < .02
+    assert math.isclose(mean_test(x), exact)
+    assert abs(mean_test(np.r_[x, x], 20000) - mean_test(np.r_[x, x], 20000, seed=1)) < .02
 
 
 def test_ability_and_bias_are_recovered(tmp_path):
