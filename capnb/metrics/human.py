@@ -7,7 +7,7 @@ __all__ = ['SIDES', 'QUESTIONS', 'COLUMNS', 'Question', 'scale', 'questions_for'
            'likert', 'contrastive', 'study_page', 'write', 'study_key', 'check_sum', 'answers_csv', 'Answer', 'Answers',
            'matrix', 'table', 'read_answers']
 
-# %% ../../nbs/metrics/20_human.ipynb #900c76b2
+# %% ../../nbs/metrics/20_human.ipynb #e122fb45
 import csv, hashlib, io, json, random, re, unicodedata
 from collections import Counter
 from collections.abc import Mapping
@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from ..core.errors import ConfigError, DataError, did_you_mean
 from ..core.files import atomic_write, read_bytes, read_json, write_json
-from ..core.markup import Html, image_uri, note, tag
+from ..core.markup import image_uri
 from ..core.page import Page
 from ..data.records import open_image
+from .rater_page import rater_page
 from ..text.words import sanitize
 
 # %% ../../nbs/metrics/20_human.ipynb #4addd9a8
@@ -249,202 +250,13 @@ def _payload(study, version):
     sides = {i.id: i.sides[first[i.id]][0] for i in study.items if i.sides}
     return {"version": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12], **data}, sides
 
-# %% ../../nbs/metrics/20_human.ipynb #0b5dff01
-_STYLE = '''
-main>section{max-width:64rem}main [hidden]{display:none!important}.frame{padding-top:1.2rem}header{margin-bottom:.8rem}h1{font-size:1.5rem;margin:0}
-#item h2,#start h2,#end h2{border:0;margin:.2rem 0 .6rem;padding:0}
-h2[tabindex]:focus{outline:none}#stage{max-width:none}#stage>img{display:block;height:min(36vh,22rem);width:auto;object-fit:contain;margin:0 0 1rem}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr));gap:1.2rem 2rem}
-.two>section{min-width:0;max-width:none;border-top:3px solid var(--c1);padding-top:.4rem}.two>section+section{border-top-color:var(--c2)}
-.two h3{margin:.2rem 0 .4rem}.two img{height:min(24vh,11rem);width:auto;object-fit:contain}
-.caption{font-size:1.18rem;line-height:1.45;margin:.3rem 0 1rem;unicode-bidi:isolate}
-#asked{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:.4rem 1.6rem;max-width:none;margin-bottom:.8rem}
-fieldset{border:1px solid var(--rule);border-radius:6px;margin:.2rem 0;min-width:0;padding:.5rem 1rem .8rem;max-width:none}
-legend{font:600 1rem/1.4 var(--sans);padding:0 .4rem}
-fieldset label{display:inline-flex;align-items:center;gap:.5rem;min-height:2.75rem;padding:.2rem .9rem .2rem 0;font:1rem/1.4 var(--sans);cursor:pointer}
-input[type=radio],input[type=checkbox]{width:1.2rem;height:1.2rem;accent-color:var(--link)}
-input[type=text]{font:1rem/1.4 var(--sans);padding:.5rem .7rem;min-height:2.75rem;color:inherit;background:var(--panel);border:1px solid var(--soft);border-radius:6px}
-button{font:600 1rem/1.2 var(--sans);min-height:2.75rem;padding:.5rem 1.2rem;margin:.2rem .5rem .2rem 0;border:1px solid var(--link);border-radius:6px;background:none;color:var(--link);cursor:pointer}
-button.main{background:var(--link);color:var(--ground)}
-#place{margin:0 0 .2rem}progress{width:100%;max-width:41rem;height:.7rem;accent-color:var(--link)}
-#said:not(:empty){border-left:3px solid var(--wrong);padding-left:.8rem}
-'''
-
-# %% ../../nbs/metrics/20_human.ipynb #8cfff2d5
-def _button(id, text, cls=None): return tag("button", text, type="button", id=id, cls=cls)
-
-def _start(study):
-    "First screen: the rules, the rater's name, a saved file to go on from"
-    ask = tag("p", tag("label", "Your name or number, as you were told", for_="rater"), tag("br"),
-              tag("input", type="text", id="rater", maxlength=40, autocomplete="off", spellcheck="false"))
-    go_on = tag("p", tag("label", "Go on from a saved file: ", for_="file"), tag("input", type="file", id="file", accept=".csv,text/csv"))
-    keys = "Every answer is kept in this browser as you go, so you can close the page and come back. Nothing is sent: at the end you save a file. With the keyboard: Tab and the arrow keys, or the number keys for choices and Enter for the next item."
-    return tag("section", tag("h2", "Before you start"), tag("p", study.instructions), tag("p", keys), ask, _button("begin", "Start", "main"), go_on, id="start")
-
-def _frame(study):
-    "The three screens"
-    number_keys = tag("p", tag("label", tag("input", type="checkbox", id="digits", checked=True), " Number keys choose answers"))
-    item = tag("section", tag("p", id="place", role="status"), tag("progress", id="done", max=1, value=0, aria_label="Answered"),
-               tag("h2", id="heading", tabindex=-1), tag("div", id="stage"), tag("div", id="asked"),
-               tag("div", _button("back", "Back"), _button("next", "Next", "main"), _button("part", "Save what I have to a file")),
-               tag("p", id="kept", cls="byline"), number_keys, id="item", hidden=True)
-    end = tag("section", tag("h2", "Thank you", id="thanks", tabindex=-1), tag("p", id="open", role="status"),
-              tag("div", _button("save", "Save the answers (CSV)", "main"), _button("first", "Go to the first open question"), _button("forget", "Remove my answers from this browser")),
-              tag("p", "Send the saved file to the people who gave you this page."), id="end", hidden=True)
-    return _start(study), item, end, tag("p", id="said", role="alert")
-
-# %% ../../nbs/metrics/20_human.ipynb #24aa0c45
-_STATE = r'''
-'use strict';
-const S = JSON.parse(document.getElementById('study').textContent), HEAD = 'item,question,choice,rater,seconds,version,check';
-const $ = id => document.getElementById(id), key = (item, question) => item + ' ' + question, total = S.items.length*S.questions.length;
-let rater = '', answers = new Map(), at = 0, since = 0, spent = 0;
-const slot = () => 'capnb study ' + S.version + ' ' + rater, say = text => { $('said').textContent = text; };
-const elapsed = () => (spent + (document.hidden ? 0 : performance.now() - since))/1000;
-function make(name, text, attributes) {
-  const e = document.createElement(name);
-  if (text) e.textContent = text;
-  for (const [k, v] of Object.entries(attributes || {})) e.setAttribute(k, v);
-  return e;
-}
-function keep() {
-  try { localStorage.setItem(slot(), JSON.stringify({at, answers: [...answers]})); $('kept').textContent = 'Kept in this browser.'; }
-  catch (e) { $('kept').textContent = 'This browser keeps nothing: save a file before you leave the page.'; }
-}
-function resume() {
-  answers = new Map(); at = 0;
-  try { const old = JSON.parse(localStorage.getItem(slot())); if (old) { answers = new Map(old.answers); at = Math.min(Math.max(old.at | 0, 0), S.items.length); } }
-  catch (e) { say('What was kept in this browser cannot be read; you start anew.'); }
-}
-'''
-
-# %% ../../nbs/metrics/20_human.ipynb #b5c8f971
-_FILES = r'''
-function mark(text) {
-  let h = 0x811c9dc5;
-  for (const b of new TextEncoder().encode(text)) h = Math.imul(h ^ b, 0x01000193) >>> 0;
-  return h.toString(16).padStart(8, '0');
-}
-function csv() {
-  const rows = [HEAD];
-  for (const i of S.items) for (const q of S.questions) {
-    const a = answers.get(key(i.id, q.key));
-    if (a) rows.push([i.id, q.key, a.choice, rater, a.seconds.toFixed(1), S.version, mark([i.id, q.key, a.choice, rater, S.version].join('|'))].join(','));
-  }
-  return rows.join('\r\n') + '\r\n';
-}
-function save() {
-  const url = URL.createObjectURL(new Blob([csv()], {type: 'text/csv'}));
-  make('a', '', {href: url, download: 'answers_' + rater.replace(/[^\p{L}\p{N}]+/gu, '_') + '.csv'}).click();
-  setTimeout(() => URL.revokeObjectURL(url), 10000);
-}
-function load(text) {
-  const [head, ...lines] = text.replace(/^\ufeff/, '').trim().split(/\r?\n/), found = new Map();
-  let who = '';
-  if (head !== HEAD) return say('That is not a file saved by this page.');
-  for (const line of lines) {
-    const [item, question, choice, name, seconds, version, check] = line.split(',');
-    if (version !== S.version) return say('That file belongs to another page, or to another version of this one.');
-    if (check !== mark([item, question, choice, name, version].join('|')) || (who && name !== who)) return say('A line of that file was changed: ' + line);
-    who = name; found.set(key(item, question), {choice, seconds: Number(seconds) || 0});
-  }
-  if (!who) return say('That file holds no answers.');
-  $('rater').value = rater = who; resume(); found.forEach((v, k) => answers.set(k, v)); say(''); keep(); show(firstOpen());
-}
-'''
-
-# %% ../../nbs/metrics/20_human.ipynb #6df5e252
-_ITEM = r'''
-function picture(name, alt) { return make('img', '', {src: S.pictures[name], alt, decoding: 'async'}); }
-function example(e, n) {
-  return [e.picture && picture(e.picture, 'Picture of example ' + (n + 1)), e.text && make('p', e.text, {class: 'caption', dir: 'auto'})].filter(Boolean);
-}
-function stage(i) {
-  const out = [i.picture && picture(i.picture, 'The picture this item is about'), i.caption && make('p', i.caption, {class: 'caption', dir: 'auto'})].filter(Boolean);
-  if (!i.left) return out;
-  const two = make('div', '', {class: 'two'});
-  for (const [side, name] of [['left', 'A'], ['right', 'B']]) {
-    const box = make('section', '', {'aria-label': name});
-    box.append(make('h3', name), ...i[side].flatMap(example)); two.append(box);
-  }
-  return [...out, two];
-}
-function ask(i, q) {
-  const box = make('fieldset'), before = answers.get(key(i.id, q.key));
-  box.append(make('legend', q.text));
-  q.choices.forEach(([value, label], n) => {
-    const id = q.key + '-' + n, line = make('label', '', {for: id}), radio = make('input', '', {type: 'radio', name: q.key, id, value});
-    radio.checked = Boolean(before) && before.choice === value;
-    radio.addEventListener('change', () => { answers.set(key(i.id, q.key), {choice: value, seconds: elapsed()}); keep(); progress(); });
-    line.append(radio, make('span', label)); box.append(line);
-  });
-  return box;
-}
-'''
-
-# %% ../../nbs/metrics/20_human.ipynb #30b9dd01
-_MOVES = r'''
-function view(name) { for (const s of ['start', 'item', 'end']) $(s).hidden = s !== name; }
-function firstOpen() { const n = S.items.findIndex(i => S.questions.some(q => !answers.has(key(i.id, q.key)))); return n < 0 ? S.items.length : n; }
-function progress() {
-  $('done').value = answers.size/total;
-  $('place').textContent = 'Item ' + (at + 1) + ' of ' + S.items.length + ', ' + answers.size + ' of ' + total + ' questions answered';
-}
-function show(n) {
-  at = n; keep();
-  if (n >= S.items.length) return finish();
-  const i = S.items[n];
-  view('item'); say(''); $('heading').textContent = 'Item ' + (n + 1); $('back').disabled = n === 0;
-  $('stage').replaceChildren(...stage(i)); $('asked').replaceChildren(...S.questions.map(q => ask(i, q)));
-  progress(); spent = 0; since = performance.now(); $('heading').focus(); scrollTo(0, 0);
-}
-function finish() {
-  const left = total - answers.size;
-  view('end'); $('first').hidden = left === 0; $('thanks').focus();
-  $('open').textContent = left ? left + ' of ' + total + ' questions are open.' : 'All ' + total + ' questions are answered.';
-}
-function begin() {
-  rater = $('rater').value.normalize('NFC').trim();
-  if (!/^[\p{L}\p{N}][\p{L}\p{N} ._-]{0,39}$/u.test(rater)) return say('Please give a name or number of letters, digits, blanks and . _ - only.');
-  say(''); resume(); show(at);
-}
-function press(e) {
-  if ($('item').hidden || e.ctrlKey || e.altKey || e.metaKey || e.target.tagName === 'BUTTON') return;
-  if (e.key === 'Enter') { e.preventDefault(); return show(at + 1); }
-  if (!$('digits').checked || !/^[1-9]$/.test(e.key)) return;
-  const boxes = [...$('asked').children], box = boxes.find(b => b.contains(document.activeElement)) || boxes.find(b => !b.querySelector(':checked')) || boxes[0];
-  const radio = box.querySelectorAll('input')[e.key - 1];
-  if (radio) radio.click();
-}
-'''
-
-# %% ../../nbs/metrics/20_human.ipynb #5de147d0
-_RUN = r'''
-$('begin').addEventListener('click', begin);
-$('rater').addEventListener('keydown', e => { if (e.key === 'Enter') { e.preventDefault(); e.stopPropagation(); begin(); } });
-$('file').addEventListener('change', e => { if (e.target.files[0]) e.target.files[0].text().then(load); });
-$('back').addEventListener('click', () => show(at - 1));
-$('next').addEventListener('click', () => show(at + 1));
-$('first').addEventListener('click', () => show(firstOpen()));
-for (const b of ['part', 'save']) $(b).addEventListener('click', save);
-$('forget').addEventListener('click', () => {
-  if (!confirm('Remove all answers of ' + rater + ' from this browser? Save the file first.')) return;
-  try { localStorage.removeItem(slot()); } catch (e) { }
-  answers = new Map(); at = 0; view('start');
-});
-document.addEventListener('keydown', press);
-document.addEventListener('visibilitychange', () => { if (document.hidden) spent += performance.now() - since; else since = performance.now(); });
-'''
-
+# %% ../../nbs/metrics/20_human.ipynb #656dc158
 def study_page(
     study:Study, # What is asked
     version:int=1, # Order and sides
 ) -> Page: # One HTML file when written
     "The page for raters."
-    data = json.dumps(_payload(study, version)[0]).replace("<", "\\u003c")
-    page = Page(study.title, program=_STATE + _FILES + _ITEM + _MOVES + _RUN, style=_STYLE)
-    page.add(tag("noscript", note("This page needs JavaScript, which this browser does not run.", kind="warning")), *_frame(study))
-    return page.add(tag("script", Html(data), type="application/json", id="study"))
+    return rater_page(_payload(study, version)[0], study.instructions)
 
 # %% ../../nbs/metrics/20_human.ipynb #ee96360b
 def write(self:Study,
