@@ -350,7 +350,7 @@ def _detach(self):
 @method_of(PeftTuned)
 def merge(self) -> Captioner:
     "Write the change, at the present alpha, into the weights and let go: a captioner that needs no adapter."
-    bases = [m.get_base_layer() for m in self._layers()] * bool(self._hooks)
+    bases = [m.get_base_layer() for m in self._layers() if not plain_lora(m)] if self._hooks else []
     before = [{n: p.detach().clone() for n, p in b.named_parameters()} for b in bases]
     self.peft.merge_and_unload(); self._unfreeze(); self.captioner.tuned_by = None
     with torch.no_grad():
@@ -395,6 +395,9 @@ class Full(Tuned):
         model, root = self.captioner.model, decoder_name(self.captioner.model)
         chosen = {n: p for n, p in model.named_parameters() if on[part_of(n, root)]}
         if not chosen: raise ConfigError("nothing is left to train", where=on, do="switch on vision, projector or language")
+        self._take(chosen)
+
+    def _take(self, chosen):
         for p in chosen.values(): p.requires_grad_(True)
         self.__dict__.update(own=chosen, base={n: p.detach().clone() for n, p in chosen.items()}, learned=None)
 
