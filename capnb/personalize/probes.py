@@ -40,7 +40,7 @@ def yes_no_kinds(
     asked = next(w for w in re.findall(r"[a-z]+", question) if w in CATEGORIES)
     return ("attribute",) if asked in {t.category for t in scene.things} else ("object",)
 
-# %% ../../nbs/personalize/01_probes.ipynb #04bf957b
+# %% ../../nbs/personalize/01_probes.ipynb #767e4ccd
 def _wording(sort, rng, held_out):
     "A wording of pre-training, or the one that pre-training never used"
     return INSTRUCTIONS[sort][-1] if held_out else rng.choice(INSTRUCTIONS[sort][:-1])
@@ -56,13 +56,15 @@ def yes_no_probes(
     record:Record, # with a scene as truth
     rng:random.Random, # chooses questions and wordings
     held_out:bool=False, # the wording that pre-training never used
+    pairs:int=3, # kinds asked about, drawn by lot
 )->list: # of `Probe`, as many with yes as with no for each kind
     "One true and one false question of each kind."
     scene = record.truth["scene"]
-    kinds = ("object", "attribute", "relation") if scene.relations else ("object", "attribute")
+    kinds = ["object", "attribute", "relation"] if scene.relations else ["object", "attribute"]
+    kinds = sorted(rng.sample(kinds, min(pairs, len(kinds))))
     return [Probe(record, _wording("yes/no", rng, held_out).format(q=_draw(scene, k, a, rng)), a, f"yes/no {k}") for k in kinds for a in ("yes", "no")]
 
-# %% ../../nbs/personalize/01_probes.ipynb #516c0ecd
+# %% ../../nbs/personalize/01_probes.ipynb #f207d5b1
 _SHORT = dict(colour=r"^What color", size=r"small or big\?$", texture=r"plain, striped or dotted\?$", count=r"^How many",
               background=r"the background\?$", finer=r"^What kind", relation=r"^What is (?!the background)")
 
@@ -74,6 +76,7 @@ def short_kind(
     if found is None: raise DataError("this question is of no known kind", where=repr(question))
     return found
 
+# %% ../../nbs/personalize/01_probes.ipynb #813c55d8
 def short_probes(
     record:Record, # with a scene as truth
     rng:random.Random, # chooses questions and wordings
@@ -81,15 +84,16 @@ def short_probes(
     k:int=2, # questions
 )->list: # of `Probe`
     "Questions with a short answer about one image."
-    asked = dict(short_question(record.truth["scene"], rng) for _ in range(20*k))  # no question twice
+    asked = dict(short_question(record.truth["scene"], rng) for _ in range(20*k))
     return [Probe(record, _wording("short", rng, held_out).format(q=q), a, f"short {short_kind(q)}") for q, a in list(asked.items())[:k]]
 
-# %% ../../nbs/personalize/01_probes.ipynb #ae334d71
+# %% ../../nbs/personalize/01_probes.ipynb #96ef110b
 def make_probes(
     n:int=100, # images
     seed:int=0, # other images and questions
     held_out:bool=False, # the wordings that pre-training never used
     records=None, # records with scenes as truth to ask about; None: `n` new ones
+    pairs:int=3, # kinds of yes/no questions for each image, two questions of each
     short:int=2, # questions with a short answer for each image
 )->list: # of `Probe`
     "Yes/no and short questions about Scenes of the source domain."
@@ -98,7 +102,7 @@ def make_probes(
     for r in records:
         if not (r.truth and "scene" in r.truth): raise DataError("this image has no scene to ask about", where=f"record {r.id}", do="probes_from_instances asks about annotated objects")
         rng = random.Random(lot("probes", seed, r.id))
-        out += yes_no_probes(r, rng, held_out) + short_probes(r, rng, held_out, short)
+        out += yes_no_probes(r, rng, held_out, pairs) + short_probes(r, rng, held_out, short)
     return out
 
 # %% ../../nbs/personalize/01_probes.ipynb #a081dcd2
