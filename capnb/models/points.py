@@ -133,6 +133,7 @@ def _configs(modules): return {id(m.config): m.config for m in modules if _asks_
 def hold(
     modules: list,  # attention modules, from `find_points`
     change,  # (layer, K, V) -> (K, V), (B, h, T, d_h) each; may return more rows, which come first, and a score for them
+    first: bool = False,  # act before the changes that are there
 ):
     "From now on, the self-attentions read changed keys and values; several changes act one after the other."
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -145,7 +146,7 @@ def hold(
         if "_changes" not in m.__dict__:
             m._changes = []
             if not _asks_table(m): m._forward_before = m.__dict__.get("forward"); m.forward = MethodType(_plain_forward, m)
-        m._changes.append((i, change))
+        m._changes.insert(0 if first else len(m._changes), (i, change))
 
 def let_go(
     modules: list,  # as given to `hold`

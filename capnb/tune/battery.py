@@ -7,7 +7,7 @@ __all__ = ['CHECKS', 'CASES', 'strong', 'Trial', 'acts', 'forced', 'written', 'o
            'gradients', 'saved', 'merged', 'half_precision', 'checkpointing', 'leaves', 'battery', 'faults',
            'some_pairs', 'method_matrix', 'matrix_table']
 
-# %% ../../nbs/tune/20_battery.ipynb #2abfc09d
+# %% ../../nbs/tune/20_battery.ipynb #40d41158
 import copy, tempfile
 from itertools import cycle
 import torch
@@ -16,7 +16,7 @@ from ..models.captioner import Captioner, fingerprint
 from ..models.families import ASKED, SENTENCES, TIERS, tiny_family
 from ..models.points import find_points
 from .adapters import load_adapter
-from .methods import METHODS, Tuned, attach
+from .methods import METHODS, Full, Tuned, attach, decoder_name, part_of
 
 # %% ../../nbs/tune/20_battery.ipynb #c6e7df8d
 def strong(
@@ -101,7 +101,7 @@ def half_way(trial):
 
 def refused(e) -> str: return "refused: " + str(e).splitlines()[0]
 
-# %% ../../nbs/tune/20_battery.ipynb #741868df
+# %% ../../nbs/tune/20_battery.ipynb #f6529b09
 def grads(
     tuned: Captioner|Tuned,  # in training mode from here on
     trial: Trial,  # gives the examples
@@ -115,12 +115,16 @@ def grads(
 
 def gradients(trial):
     "Do gradients reach all that is trained, and nothing else?"
-    t, mine = trial.tuned, {n for n, p in trial.tuned.named_parameters() if p.requires_grad}
+    t, mine = trial.tuned, {n: p for n, p in trial.tuned.named_parameters() if p.requires_grad}
     if not mine: return "none: there are no weights"
+    base = [n for n, p in mine.items() if p in t._flags]                   # weights of the base that are trained
+    eye = lambda n: part_of(n.removeprefix("captioner.model."), decoder_name(t.model)) == "vision"
+    wrong = [n for n in base if not isinstance(t, Full) or (eye(n) and not t.config.get("vision"))]
+    if wrong: return f"trains the base: {wrong[:2]}"
     got = grads(t, trial)
     dead = {n for n in mine if n not in got or not got[n].abs().sum() > 0}
-    if dead and t.method == "full": dead -= {f"captioner.{n}" for n in _never(trial)}
-    if got.keys() - mine: return f"others get gradients: {sorted(got.keys() - mine)[:2]}"
+    if dead and isinstance(t, Full): dead -= {f"captioner.{n}" for n in _never(trial)}
+    if got.keys() - mine.keys(): return f"others get gradients: {sorted(got.keys() - mine.keys())[:2]}"
     return not dead or f"no gradient: {sorted(dead)[:2]}"
 
 def _never(trial):
@@ -154,7 +158,7 @@ def merged(trial):
     with torch.no_grad(): near = torch.allclose(trial.logits(bare), before, rtol=1e-5, atol=1e-5)
     return near and bare.tuned_by is None
 
-# %% ../../nbs/tune/20_battery.ipynb #bed84fc3
+# %% ../../nbs/tune/20_battery.ipynb #4d335bb5
 def half_precision(trial):
     "Does it train and act in bfloat16?"
     t = trial.fresh(torch.bfloat16)
@@ -164,10 +168,10 @@ def half_precision(trial):
     return base == trial.says(copy.deepcopy(trial.base).to(torch.bfloat16)) or "off is not the base"
 
 def _checkpointed(tuned, trial):
-    "Gradients with checkpointing, and how often the first attention ran."
+    "Gradients with checkpointing, and how often the last attention ran."
     runs, model = [], tuned.model
     model.gradient_checkpointing_enable()
-    hook = find_points(tuned)["keys_values"][0].register_forward_pre_hook(lambda *a: runs.append(1))
+    hook = find_points(tuned)["keys_values"][-1].register_forward_pre_hook(lambda *a: runs.append(1))
     try: return grads(tuned, trial), len(runs)
     finally: hook.remove()
 
@@ -178,15 +182,16 @@ def checkpointing(trial):
     want = grads(t, trial)
     try: got, runs = _checkpointed(t, trial)
     except Exception as e: return _family_fails(trial, e)
-    if runs != 2: return _family_fails(trial, f"the first attention ran {runs} times")
+    if runs != 2: return _family_fails(trial, f"the last attention ran {runs} times")
     far = [n for n in want if n not in got or (got[n] - want[n]).norm() > 1e-4*want[n].norm() + 1e-6]
     return not far or f"other gradients: {far[:2]}"
 
 def _family_fails(trial, why):
-    "Is it the family itself that cannot? Then that is the reason."
+    "Is it the family itself that cannot, when all but its last attention is frozen? Then that is the reason."
     c = copy.deepcopy(trial.base)
+    c.requires_grad_(False); find_points(c)["keys_values"][-1].requires_grad_(True)
     try: runs = _checkpointed(c, trial)[1]
-    except Exception as e: return f"refused: the family itself does not train with it: {str(e).splitlines()[0]}"
+    except Exception as e: return f"refused: the family itself fails with a frozen base: {str(e).splitlines()[0]}"
     return str(why) if runs == 2 else "refused: the family does not use it"
 
 # %% ../../nbs/tune/20_battery.ipynb #5654bd38

@@ -58,7 +58,7 @@ def first_rows(
         out.append(x[:, :, [words[j % len(words)] for j in range(n)]] + .1*noise*again.to(x) if init == "text" and words else noise)
     return out
 
-# %% ../../nbs/tune/03_prefix.ipynb #c5c5fc1b
+# %% ../../nbs/tune/03_prefix.ipynb #ad2e6644
 class Prefix(Tuned):
     "Learned keys and values before those of every layer; everything else frozen."
     method, defaults = "prefix", {"n": 10, "init": "text"}
@@ -73,7 +73,9 @@ class Prefix(Tuned):
 
     def _hold(self, on, rows=None):
         "Put the rows into the attentions, or take them out."
-        if on != self.held: (hold if on else let_go)(self.attention, rows or self.captioner.prefix)
+        rows = rows or self.captioner.prefix
+        if on and not self.held: hold(self.attention, rows, first=True)
+        if self.held and not on: let_go(self.attention, rows)
         self.held = on
 
     @contextmanager
