@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 from capnb.core.errors import ConfigError
 from capnb.models.captioner import fingerprint
-from capnb.models.families import ASKED, SENTENCES, TIERS, tiny_family, written_is_forward
+from capnb.models.families import ASKED, SENTENCES, TIERS, WORDS, tiny_family, written_is_forward
+from capnb.models.llava import LlavaCaptioner, build_llava, word_tokenizer
 from capnb.tune.adapters import load_adapter
 from capnb.tune.bottleneck import decoder_layers
 from capnb.tune.kinds import NewBias, OldBias
@@ -183,8 +184,11 @@ def test_gradient_checkpointing(kind, name):
 def test_prompt_files_of_peft(tmp_path):
     "Saved by peft's own prompt tuning on LLaVA: the logits are peft's."
     from peft import PromptTuningConfig, get_peft_model
-    other, c = family("llava"), family("llava")
-    theirs = get_peft_model(other.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    torch.manual_seed(0)
+    c = LlavaCaptioner(*build_llava(word_tokenizer(WORDS), image_size=32, width=48, layers=2, vision_layers=1))  # a width unlike the number of words: peft looks for that number
+    with torch.no_grad():
+        for p in c.model.parameters(): p.mul_(3)
+    theirs = get_peft_model(copy.deepcopy(c.model), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
     with torch.no_grad(): theirs.prompt_encoder["default"].embedding.weight.normal_(0, 2)
     theirs.save_pretrained(tmp_path)
     batch = c.collate(examples()); inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
