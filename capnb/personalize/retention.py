@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'false_objects', 'own_surprise', 'Retention', 'measure', 'group_of', 'kept_share', 'counted', 'shares',
-           'kept', 'kept_interval', 'skeleton', 'style_distance']
+           'kept', 'kept_interval']
 
-# %% ../../nbs/personalize/02_retention.ipynb #633590db
-import math, re
+# %% ../../nbs/personalize/02_retention.ipynb #86630075
+import math
 from contextlib import nullcontext
 import numpy as np
 from ..core.errors import ConfigError, DataError, MetricError
@@ -253,55 +253,3 @@ def kept_interval(
     value, d = (point[0], drawn[0]) if other is None else (point[1] - point[0], drawn[1] - drawn[0])
     low, high = np.percentile(d, [50 - 50*level, 50 + 50*level])
     return Interval(float(value), float(low), float(high))
-
-# %% ../../nbs/personalize/02_retention.ipynb #c2f1cb30
-_FUNCTION = frozenset("""a an the this that these those some any each every another other one two three four five six of in on at to from with without and or but nor as by for into onto over
-under above below beneath behind between beside near next inside outside within through across along around atop off out up down against while who which what where there here it its
-he she they them his her their is are was were be been being has have had do does can will not no than then so very""".split())
-
-def skeleton(
-    caption:str, # text
-)->list: # function words, punctuation, and _ for other words
-    "A caption without its content."
-    found = re.findall(r"\w+|[^\w\s]", caption)
-    start = "^A" if caption[:1].isupper() else "^a"
-    return [start] + [w if w in _FUNCTION or not re.match(r"\w", w) else "_" for w in map(str.lower, found)] + ["$"]
-
-def _profile(captions):
-    "Weights of lengths, and of pairs of the skeleton"
-    rows = [skeleton(c) for c in captions]
-    return [[sum(bool(re.match(r"\w", w)) for w in r) for r in rows], [p for r in rows for p in zip(r, r[1:])]]
-
-# %% ../../nbs/personalize/02_retention.ipynb #5abf24e6
-def _counts(items):
-    "(n_images, different things) how often each stands in each image"
-    at = {x: i for i, x in enumerate(dict.fromkeys(x for row in items for x in row))}
-    C = np.zeros((len(items), len(at)))
-    for i, row in enumerate(items):
-        for x in row: C[i, at[x]] += 1
-    return C
-
-def _js(P, Q):
-    "Jensen-Shannon divergence in bits of rows of counts"
-    P, Q = (c/c.sum(-1, keepdims=True) for c in (P, Q))
-    H = lambda p: -(p*np.log2(np.where(p > 0, p, 1))).sum(-1)
-    return H((P + Q)/2) - H(P)/2 - H(Q)/2
-
-def style_distance(
-    captions:list, # one for each image
-    references:list, # list of captions for each image
-    draws:int=1000, # bootstrap draws of images
-    level:float=.95, # share of the draws inside the interval
-    seed:int=0, # of the draws
-)->Interval: # 0: the same style, 1: nothing in common
-    "How far captions are from the style of the references."
-    if not captions or len(captions) != len(references) or not all(references): raise MetricError("these captions and references do not fit", where=f"{len(captions)} captions, references of {len(references)} images", expected="one caption and one or more references for each image")
-    n, parts = len(captions), []
-    for P, Q in zip(zip(*(_profile([c]) for c in captions)), zip(*(_profile(r) for r in references))):
-        C = _counts([*P, *Q])
-        parts.append((C[:n], C[n:]))
-    D = lambda w: sum(_js(w @ P, w @ Q) for P, Q in parts)/2
-    w = np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), size=draws).astype(float)
-    value = float(D(np.ones(n)))
-    low, high = np.clip(2*value - np.percentile(D(w), [50 + 50*level, 50 - 50*level]), 0, 1)
-    return Interval(value, float(low), float(high))
