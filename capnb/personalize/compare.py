@@ -126,7 +126,7 @@ def condense_grid(
     return plain(dict(rows=rows, config=first['run_info']['train_config'], meta_info=dict(first['meta_info'], pytorch_info=None), runs=sum(map(len, grid.runs.values())),
                       trials=sum(map(len, grid.trials.values())), broken=grid.broken))
 
-# %% ../../nbs/personalize/06_compare.ipynb #70740963
+# %% ../../nbs/personalize/06_compare.ipynb #96a56b4c
 def signed(
     d, # [value, low, high], a limit may be None; or None
     digits:int=2 # after the point
@@ -138,7 +138,7 @@ def signed(
 
 def comparison_table(
     small:dict, # from `condense_grid`
-    raw=('source CIDEr-D','near CIDEr-D','out CIDEr-D','yes/no','short answers') # measures shown as differences
+    raw=('source CIDEr-D','near CIDEr-D','out CIDEr-D','short answers') # measures shown as differences
 )->str: # Markdown
     "One row a method: what it gains, what it keeps, what it costs"
     several = len({r['optimizer'] for r in small['rows'] if r['lr']}) > 1

@@ -7,7 +7,7 @@ __all__ = ['TINY', 'METRICS_OF_TARGET', 'ALPHAS', 'Setting', 'Task', 'scenes_tas
            'config_of', 'trained', 'run_trial', 'choose_rate', 'target_measures', 'run_full', 'missing',
            'expected_cost', 'run_grid']
 
-# %% ../../nbs/personalize/03_grid.ipynb #458713f8
+# %% ../../nbs/personalize/03_grid.ipynb #406b96d1
 import dataclasses, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,10 @@ from ..data.pairs import Pairs
 from ..data.scenes import Scenes
 from ..metrics.inputs import Measure
 from ..metrics.scores import Scores, score_captions
+from ..metrics.style_match import style_distance
 from ..models.captioner import FeatureCache
 from .protocol import ADAMW, SGD, lr_trials
-from .retention import Retention, style_distance
+from .retention import Retention
 from ..train.loop import train
 from ..train.objective import caption_loss
 from ..tune.alpha import alpha_sweep
