@@ -26,7 +26,7 @@ KNOWN = {
     "findings": "zero-shot is strong but long and detailed; prompt learning is best on average over all sets and both models, prefix tuning close to it; heavier tuning harms other domains",
 }
 
-# %% ../../nbs/personalize/00_protocol.ipynb #c8c34765
+# %% ../../nbs/personalize/00_protocol.ipynb #f2b41251
 class Default(NamedTuple):
     "A choice that the paper does not tell."
     value:object # what we take
@@ -35,7 +35,7 @@ class Default(NamedTuple):
 UNKNOWN = {
     "data": Default("Scenes, domain target: 400 images with 5 captions", "the whole truth of each image is known, and a grid fits on two cores; COCO is one command"),
     "base": Default("tiny, a LLaVA of 2 million weights, asked to describe the image in one sentence", "same architecture and training in two steps; the request fits the style of the source domain"),
-    "batch size": Default(32, "2,000 pairs make 62 to 63 steps an epoch, 250 in four"),
+    "batch size": Default(32, "2,000 pairs make 63 steps an epoch, 252 in four"),
     "seeds": Default((0, 1, 2), "the least that shows a spread"),
     "learning rate": Default("the best of 4 on validation, for each method and optimiser", "equal budgets; see LR_TRIALS"),
     "warm-up": Default(.05, "the first steps of an adapter that starts at zero are unsure"),

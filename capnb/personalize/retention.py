@@ -21,7 +21,7 @@ from ..metrics.significance import Interval, counts_of, pooled
 from ..models.captioner import image_key, pictures
 from .probes import SORTS, answers, by_image, make_probes, mark, probes_from_instances, rows_of
 
-# %% ../../nbs/personalize/02_retention.ipynb #ffb435ce
+# %% ../../nbs/personalize/02_retention.ipynb #812b87f5
 def false_objects(
     captions:list, # one for each record
     records:list, # with scenes, or annotated objects, as truth
@@ -35,11 +35,11 @@ def false_objects(
     return chair(prepare(list(captions), [list(r.captions) for r in records], [r.truth for r in records]))["CHAIRi"]
 
 def _share(part, whole):
-    "A `Measure` of sum(part)/sum(whole); an image without any has no value"
+    "`Measure` of sum(part)/sum(whole)"
     each = [float(p/w) if w else None for p, w in zip(part, whole)]
     return Measure(float(sum(part)/max(sum(whole), 1)), each, np.stack([part, whole], 1), "ratio")
 
-# %% ../../nbs/personalize/02_retention.ipynb #5ee320be
+# %% ../../nbs/personalize/02_retention.ipynb #c96566fa
 def own_surprise(
     captioner, # captioner or `Tuned`
     features, # encoded images
@@ -52,7 +52,7 @@ def own_surprise(
     if rows:
         total, n = captioner.log_prob(rows_of(features, rows), [captions[i] for i in rows], batch_size=batch_size)
         counts[rows] = np.stack([-total.double().numpy(), n.double().numpy()], 1)
-    if not np.isfinite(counts).all(): raise MetricError("the base's captions have no finite probability under this model", do="look for diverged training: a lower learning rate")
+    if not np.isfinite(counts).all(): raise MetricError("the base's captions have no finite probability under this model", do="lower the learning rate: training diverged")
     return _share(*counts.T)
 
 # %% ../../nbs/personalize/02_retention.ipynb #440e0a64
