@@ -110,7 +110,7 @@ def share(
 
 # %% ../../nbs/train/05_callback.ipynb #98634d68
 def _whole(model):
-    "Refuse a model whose weights are divided among processes"
+    "Refuse weights that are divided among processes"
     cut = [n for n,p in model.named_parameters() if hasattr(p, 'ds_id') or type(p).__name__ == 'DTensor']
     if cut: raise ConfigError('The weights are divided among processes, so no process can write captions', where=cut[0], expected='a whole model in each process (DDP, ZeRO-1 or 2)', do='caption the saved checkpoints')
     return model
@@ -122,7 +122,7 @@ class CaptionEval(TrainerCallback):
         target, # records with captions, or (images, references): what is to be learned
         kept:dict=None, # name -> the same: what is to be kept
         own:dict=None, # name of a set in `kept` -> captions the base wrote for it; None: it writes them before training
-        metrics=('bleu', 'rouge_l', 'cider_d'), # names for `score_captions`
+        metrics=('bleu', 'rouge_l', 'cider_d'), # for `score_captions`
         every:int=None, # also after every so many steps; None: only when the trainer evaluates
         start:bool=True, # also before the first step
         processor=None, # None: the trainer's processing_class
@@ -140,7 +140,7 @@ class CaptionEval(TrainerCallback):
     def add_to(self,
         trainer # of transformers or TRL
     ): # the trainer
-        "Join a trainer, whose loggers (TensorBoard, ...) then get the values too"
+        "Join a trainer, whose loggers then get the values too"
         self.trainer = trainer
         trainer.add_callback(self)
         return trainer
