@@ -80,7 +80,7 @@ def captioner_of(
 
 # %% ../../nbs/train/05_callback.ipynb #14229303
 def processes()->tuple: # number of this one, how many there are
-    "Where this process stands among those that train together"
+    "Where this process stands among those that train"
     d = torch.distributed
     return (d.get_rank(), d.get_world_size()) if d.is_available() and d.is_initialized() else (0, 1)
 
@@ -117,7 +117,7 @@ def _whole(model):
 
 # %% ../../nbs/train/05_callback.ipynb #a4de1c39
 class CaptionEval(TrainerCallback):
-    "Captions, scores and forgetting inside transformers' Trainer; `.table` has a row for each step, `.captions` what was said last"
+    "Captions, scores and forgetting inside transformers' Trainer; a row of `.table` each step, `.captions` said last"
     def __init__(self,
         target, # records with captions, or (images, references): what is to be learned
         kept:dict=None, # name -> the same: what is to be kept
