@@ -181,6 +181,7 @@ def test_loggers_get_the_values(tmp_path):
 
 def test_refusals(tmp_path):
     model, processor = tiny()
+    assert image_set((["x"] * 4, ["one", ["two", "three"]] * 2))[1] == [["one"], ["two", "three"]] * 2
     for bad in ([], ([1], []), [Record(0, None, [])], [Image.new("RGB", (4, 4))]):
         with pytest.raises(DataError): image_set(bad)
     for kw in (dict(kept={"target": SOURCE}), dict(every=0), dict(own={"source": ["a"]}), dict(kept={"source": SOURCE}, own={"source": ["a"]})):
