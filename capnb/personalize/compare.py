@@ -111,7 +111,18 @@ def _budget(grid, key):
     return dict(lose=parts[0]['lose'], picked=[p['picked'] for p in parts], alphas=parts[0]['curve']['alphas'], curve={k: mean(k) for k in ('target','source')},
                 **{name: _short(difference(grid, key, 'CIDEr-D', 'alpha', part)) for name,part in dict(gained='target', source='source').items()})
 
-# %% ../../nbs/personalize/06_compare.ipynb #7a8e838e
+# %% ../../nbs/personalize/06_compare.ipynb #d0b9b9b5
+def _beside(grid, key):
+    "What a method keeps more than full fine-tuning, and gains more than a network trained from nothing; None without such runs"
+    own,out = grid.runs[key],{}
+    full,other = grid.runs.get(('full', key[1])),grid.runs.get(('classical', 'adamw'))
+    kept_of = lambda runs: [stored_measures(r, 'kept') for r in runs]
+    target = lambda runs: [stored_measures(r, 'target')['CIDEr-D'] for r in runs]
+    out['kept_over_full'] = _short(kept_interval(stored_measures(base_of(grid), 'kept'), kept_of(full), kept_of(own))) if full and key[0] != 'full' else None
+    out['over_classical'] = _short(two_level(target(other), target(own))) if other and key[0] != 'classical' else None
+    return out
+
+# %% ../../nbs/personalize/06_compare.ipynb #7e720528
 def condense_grid(
     folder # of the results
 )->dict: # rows, environment and what the grid was: small enough to keep
@@ -121,7 +132,8 @@ def condense_grid(
     trained = [r for r in rows if r['lr'] is not None]
     base = stored_measures(base_of(grid), 'target')['CIDEr-D']
     p = [permutation_test([base], [stored_measures(r, 'target')['CIDEr-D'] for r in grid.runs[x['method'], x['optimizer']]]) for x in trained]
-    for x,a,b in zip(trained, p, holm(p)): x.update(p=round(a, 5), holm=round(b, 5))
+    for x,a,b in zip(trained, p, holm(p)): x.update(p=round(a, 5), holm=round(b, 5), **_beside(grid, (x['method'], x['optimizer'])))
+    rows[list(grid.runs).index(('zero_shot', 'adamw'))]['at'] = {n: _short(two_level([m])) for part in ('target', 'kept') for n,m in stored_measures(base_of(grid), part).items() if m.pool}
     first = base_of(grid)
     return plain(dict(rows=rows, config=first['run_info']['train_config'], meta_info=dict(first['meta_info'], pytorch_info=None), runs=sum(map(len, grid.runs.values())),
                       trials=sum(map(len, grid.trials.values())), broken=grid.broken))
