@@ -83,7 +83,7 @@ def over_seeds(
     half = _T[min(len(x) - 2, len(_T) - 1)]*x.std(ddof=1)/math.sqrt(len(x))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
-# %% ../../nbs/personalize/06_compare.ipynb #9ce8e0f3
+# %% ../../nbs/personalize/06_compare.ipynb #22b7812c
 def _short(d): return None if d is None else [round(float(v), 4) for v in (d.value, d.low, d.high)]
 
 def grid_row(
@@ -100,6 +100,7 @@ def grid_row(
         target={n: [round(stored_measures(r, 'target')[n].value, 4) for r in runs] for n in names},
         gained={n: _short(difference(grid, key, n, 'target')) for n in names},
         kept=_short(kept_interval(before, [stored_measures(r, 'kept') for r in runs])),
+        loss=[[m['step'], round(m['train loss'], 3)] for m in first['train_info']['metrics'][::2] if 'train loss' in m],
         raw={n: _short(difference(grid, key, n, 'kept')) for n in before}, values={n: [round(stored_measures(r, 'kept')[n].value, 4) for r in runs] for n in before})
     if all('alpha' in r['personalize'] for r in runs): row['budget'] = _budget(grid, key)
     return row
