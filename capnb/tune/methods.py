@@ -404,8 +404,10 @@ class Full(Tuned):
         return self.captioner
 
 # %% ../../nbs/tune/00_methods.ipynb #57dffff7
-METHODS = Registry("method", {n: f"capnb.tune.methods:{c}" for n, c in
-    {"zero_shot": "ZeroShot", "prompt": "Prompt", "lora": "Lora", "full": "Full"}.items()}, "capnb.methods")
+METHODS = Registry("method", {n: f"capnb.tune.{c}" for n, c in dict(
+    zero_shot="methods:ZeroShot", prompt_sweep="prompt_sweep:PromptSweep", prompt="methods:Prompt", prompt_tuning="kinds:PromptTuning", prefix="prefix:Prefix",
+    lora="methods:Lora", rslora="kinds:RsLora", dora="kinds:Dora", qlora="kinds:Qlora", ia3="kinds:Ia3", bias="kinds:Bias", adapter="bottleneck:Bottleneck",
+    full="methods:Full").items()}, "capnb.methods")
 
 def attach(
     captioner: Captioner,  # the base
