@@ -21,13 +21,13 @@ from ..train.mixing import CaptionLoss, Rehearsal, Rows, hold_back, ids_of, mark
 from ..train.objective import IGNORE, caption_loss
 from .methods import Full, Tuned
 
-# %% ../../nbs/tune/06_remedies.ipynb #821ad223
+# %% ../../nbs/tune/06_remedies.ipynb #af42c7d9
 class L2SP:
     "An objective with a pull to the start."
     def __init__(self,
         objective,  # `objective(model, batch) -> (loss, log)`
         tuned: Tuned,  # whose trained weights are held, from their present values
-        weight: float = .01,  # lambda; 0: no remedy
+        weight: float = .1,  # lambda; 0: no remedy
     ):
         self.objective, self.weight = objective, _strength("l2sp", weight)
         self.theta = list(tuned.parameters())
@@ -49,7 +49,7 @@ def _strength(name, value):
     if not (isinstance(value, (int, float)) and 0 <= value < float("inf")): raise ConfigError(f"the weight of {name} cannot be {value!r}", expected="a number from 0; 0: no remedy")
     return float(value)
 
-# %% ../../nbs/tune/06_remedies.ipynb #6eee67eb
+# %% ../../nbs/tune/06_remedies.ipynb #7a18b918
 def caption_scores(
     out,  # what the model answers to a batch
     labels: torch.Tensor,  # (B, T), -100 where nothing is learned
@@ -59,8 +59,8 @@ def caption_scores(
     return out.head(out.hidden[:, :-1][(labels[:, 1:] != IGNORE).to(out.hidden.device)]).float()
 
 def base_kl(
-    z: torch.Tensor,  # (M, V) scores of the tuned model
-    z0: torch.Tensor,  # (M, V) scores of the base
+    z: torch.Tensor,  # (M, V) of the tuned model
+    z0: torch.Tensor,  # (M, V) of the base
 ) -> torch.Tensor:  # scalar
     "Mean KL(p_base || p_tuned) over places."
     p, q = F.log_softmax(z0, -1), F.log_softmax(z, -1)  # (M, V)
@@ -173,7 +173,7 @@ def low_lr(
     "A tenth of the learning rate"
     return t._replace(config=replace(t.config, lr=t.config.lr*factor))
 
-# %% ../../nbs/tune/06_remedies.ipynb #be585a24
+# %% ../../nbs/tune/06_remedies.ipynb #1855b56e
 def rehearse(
     share: float,  # of source examples
 ):  # a remedy
@@ -184,7 +184,7 @@ def rehearse(
 
 def l2sp(
     t: Training,  # as it is so far
-    weight: float = .01,  # lambda
+    weight: float = .1,  # lambda
 ) -> Training:
     "A pull of the weights to their start, in place of weight decay"
     return t._replace(objective=L2SP(t.objective, t.tuned, weight), config=replace(t.config, weight_decay=0.) if weight else t.config)
