@@ -4,12 +4,14 @@ Notebooks are staged in a scratch folder (the executed copies of the last test r
 entries, pages lose the number of their notebook, and Quarto renders them where it is installed, smalldocs elsewhere: the
 addresses are the same. Formulas become MathML here, so that no page asks the network for anything.
 `--check` also runs `smalldocs check`, which lists broken links and ignored keys; any finding is an error.
-Any other .html file under nbs/ (a finished report) goes along under its own name, and can be linked from a notebook.
+The example report is put together as `report/index.html`; any .html file under nbs/ goes along under its own name too. Both can be
+linked from a notebook, as pages of the site: the README leaves such links out.
 """
 import argparse, ast, html, json, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import example_report
 from regenerate import relink, source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +55,7 @@ def stage(project: Path) -> Path:
     shutil.copy(ROOT / "pyproject.toml", project)
     os.symlink(ROOT / "capnb", project / "capnb")
     shutil.copytree(ROOT / "nbs", project / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "sidebar.yml"))
+    write_report(project / "nbs")
     for done in (ROOT / ".executed").glob("**/*.ipynb"):
         to = project / "nbs" / done.relative_to(ROOT / ".executed")
         if to.exists() and sources(done) == sources(to): shutil.copy(done, to)
@@ -75,6 +78,14 @@ def stage(project: Path) -> Path:
         if to.exists(): sys.exit(f"two notebooks make the page {to.relative_to(pages)}: rename one of them")
         to.write_text(json.dumps(nb), encoding="utf-8")
     return pages
+
+
+def write_report(nbs: Path) -> None:
+    "The example report, a page that is linked from the front page."
+    sys.path.insert(0, str(ROOT))
+    to = nbs / "report/index.html"
+    to.parent.mkdir(exist_ok=True)
+    to.write_text(example_report.page(), encoding="utf-8")
 
 
 SOURCE_LINK = re.compile(r"\[source\]\(/?blob/[^)]*\)(\{[^}]*\})?\s*")

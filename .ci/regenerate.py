@@ -2,7 +2,8 @@
 
 capnb/<area>/<name>.py   from nbs/<area>/NN_name.ipynb (modules whose notebook is gone are removed)
 nbs/**/*.ipynb           cleaned: no execution counts, no stray metadata
-README.md                from nbs/index.ipynb, without Quarto
+README.md                from nbs/index.ipynb, without Quarto, and without links to pages that only the site has (.html)
+nbs/report.svg           the picture of the example report
 nbs/nbdev.yml            what the site takes from pyproject.toml
 capnb/notebooks/*.ipynb  the three path notebooks that `capnb notebooks DIR` copies out of the installed package
 """
@@ -10,6 +11,7 @@ import json, os, re, sys
 from pathlib import Path
 
 PATHS = "study/1[0-2]_*.ipynb"  # the path notebooks, under nbs/
+SITE_LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|!\[[^\[\]]*\])*)\]\((?![a-zA-Z]+:)[^)\s]+\.html\)")  # its text may be a picture
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\]\()([^)\s]+)(\))|(<img[^>]*? src=\")([^\"]+)(\")")
 
 
@@ -33,7 +35,7 @@ def readme(nb: dict) -> str:
         said = {l[2:].strip() for l in lines if l.startswith("#|")}
         text = "\n".join(l for l in lines if not l.startswith("#|")).strip("\n")
         if "hide" in said or cell["cell_type"] == "raw": continue
-        if cell["cell_type"] == "markdown": out.append(relink(text, lambda t: f"nbs/{t}"))
+        if cell["cell_type"] == "markdown": out.append(relink(SITE_LINK.sub(r"\1", text), lambda t: f"nbs/{t}"))
         else:
             if text and "echo: false" not in said: out.append(f"```python\n{text}\n```")
             for o in cell["outputs"]:
@@ -74,6 +76,8 @@ def main(root: Path) -> None:
     refresh_quarto_yml()
     index = Path("nbs/index.ipynb")
     if index.exists(): write(Path("README.md"), readme(json.loads(index.read_text(encoding="utf-8"))))
+    import example_report
+    write(Path("nbs/report.svg"), example_report.picture())
     want = {p.name: p for p in Path("nbs").glob(PATHS)}
     for old in Path("capnb/notebooks").glob("*.ipynb"):
         if old.name not in want: old.unlink()

@@ -1,10 +1,14 @@
 "The documentation site: built by its one command, whole without a network, and looked at in a browser where one is installed."
-import html, importlib.util, json, os, re, stat, sys
+import base64, html, importlib.util, io, json, os, re, stat, sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from browser import Browser, find_chromium, serve
 from conftest import PYTHON, ROOT, run
+from PIL import Image
+
+from capnb.data.scenes import Scenes
 
 spec = importlib.util.spec_from_file_location("build_site", ROOT / ".ci/build_site.py")
 build_site = importlib.util.module_from_spec(spec)
@@ -23,8 +27,38 @@ def site(tmp_path_factory) -> Path:
 
 
 def test_every_notebook_has_its_page(site):
-    others = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.html")}  # finished reports and the like
+    others = {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.html")} | {"report/index.html"}
     assert {p.relative_to(site).as_posix() for p in site.rglob("*.html")} == set(pages) | others
+
+
+def test_example_report(site):
+    "It is whole, shows the scenes it names, and holds the numbers of the table on the front page."
+    text = (site / "report/index.html").read_text(encoding="utf-8")
+    stored = json.loads((ROOT / "nbs/results/study_scenes.json").read_text(encoding="utf-8"))
+    shown = re.findall(r'<img src="data:image/png;base64,([^"]*)" alt="(\w+) image \w+-test-0-(\d+):', text)
+    assert len(shown) == text.count("<img") == 14 and {d for _, d, _ in shown} == {"target", "source", "near", "out"}
+    for data, domain, i in shown:
+        assert Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB").tobytes() == Scenes(domain, int(i) + 1, split="test")[int(i)].load_image().tobytes()
+    assert text.count(build_site.example_report.style()) == 1 and "<style></style>" not in text and 'href="report/index.html"' in (site / "index.html").read_text(encoding="utf-8")
+    sign = lambda x: f"{x:+.2f}".replace("-", "−")
+    for row in stored["rows"][1:]:
+        d = row["gained"][stored["lead"]]
+        assert f'<b>{d["a"]:.2f}</b><small class="{"up" if d["low"] > 0 else "same"}">{sign(d["value"])} <span class="ci">[{sign(d["low"])}, {sign(d["high"])}]' in text, row["method"]
+
+
+def test_the_picture_of_the_report(site):
+    "Well-formed, the same wherever it is made, and its words are those of the page."
+    svg = (ROOT / "nbs/report.svg").read_text(encoding="utf-8")
+    assert svg == build_site.example_report.picture() and (site / "report.svg").read_text(encoding="utf-8") == svg
+    said = " ".join(t.text for t in ElementTree.fromstring(svg).findall("{http://www.w3.org/2000/svg}text"))
+    page = html.unescape(re.sub("<[^>]*>", " ", (site / "report/index.html").read_text(encoding="utf-8")))
+    assert len(said) > 800 and all(s in " ".join(page.split()) for s in re.split(r"(?<=\.) ", said.split("Gained ")[1].replace("Not forgotten ", "")))
+
+
+def test_the_readme_has_no_link_to_the_site():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = [t for t in re.findall(r"\]\(([^)#]+)", text) if not t.startswith("http")]
+    assert len(targets) > 10 and all((ROOT / t).exists() for t in targets), [t for t in targets if not (ROOT / t).exists()]
 
 
 def test_pages_ask_nothing_of_the_network(site):

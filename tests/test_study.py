@@ -131,7 +131,7 @@ def test_llava15_from_disk_goes_through_the_whole_study(llava15, tmp_path):
     assert {r['study']['name'].split('-')[0] for r in study.done} == {'zero_shot', 'prompt', 'lora', 'full'}
     for r in study.done:
         assert len(r['study']['domains']['target']['captions']) == 4 and 'source' in r['study']['domains'], r['study']['name']
-    assert all(name in html for name in ('llava-1.5-tiny', 'LoRA', 'full fine-tuning', 'prompt tuning'))
+    assert all(name in html for name in ('llava-1.5-tiny', 'LoRA', 'full fine-tuning', 'prompt learning'))
 
 
 def test_adapter_from_elsewhere_is_only_evaluated(tmp_path, whole):

@@ -11,10 +11,11 @@ from ..core.files import plain
 from .answer import read_study, summarise
 
 # %% ../../nbs/study/08_condense.ipynb #8da9eb4f
+def _rounded(v): return [_rounded(x) for x in v] if isinstance(v, tuple) else round(v, 5) if isinstance(v, float) else v
+
 def _difference(d):
-    "Numbers of a `Difference`, rounded to what they can carry"
-    if d is None: return None
-    return {k: [round(x, 5) for x in v] if isinstance(v, tuple) else round(v, 5) if isinstance(v, float) else v for k, v in dataclasses.asdict(d).items()}
+    "Value, interval and both sides of a `Difference`, rounded to what they can carry"
+    return None if d is None else {k: _rounded(v) for k, v in dataclasses.asdict(d).items() if k in ("value", "low", "high", "a", "b")}
 
 def condense(
     folder, # of a study
@@ -22,7 +23,7 @@ def condense(
     "The numbers of a study without its captions."
     study = read_study(folder)
     s = summarise(study)
-    rows = [dict(r, gained={m: _difference(d) for m, d in r["gained"].items()}, perplexity=_difference(r["perplexity"]),
+    rows = [dict(r, nearest={k: _rounded(v) for k, v in r["nearest"].items()}, gained={m: _difference(d) for m, d in r["gained"].items()}, perplexity=_difference(r["perplexity"]),
                  kept={k: {m: _difference(d) for m, d in v.items()} for k, v in r["kept"].items()},
                  gaps={k: _difference(d) for k, d in r["gaps"].items()}) for r in s["rows"]]
     first = study.done[0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..core.errors import ConfigError, did_you_mean
 from ..core.files import sha256
 import json
+from ..tune.names import REMEDY_LABELS
 
 # %% ../../nbs/study/00_plan.ipynb #c31e6b8a
 SIZES = {
@@ -33,7 +34,11 @@ def parse_methods(
     if not names: raise ConfigError('No method is named', where='methods', expected=f"some of {', '.join(known or ['lora', '...'])}, or all")
     if names==['all']: names = list(known or ['all'])
     for n in names:
-        if known is not None and n not in known: raise ConfigError(f'There is no method {n!r}', where='methods', expected=did_you_mean(n, known))
+        base,*remedies = n.split('+')
+        if known is not None and base not in known: raise ConfigError(f'There is no method {base!r}', where='methods', expected=did_you_mean(base, known))
+        for r in remedies:
+            if r not in REMEDY_LABELS: raise ConfigError(f'There is no remedy {r!r}', where=n, expected=did_you_mean(r, REMEDY_LABELS))
+        if remedies and base=='zero_shot': raise ConfigError('Nothing is trained that could forget', where=n, do='name a method that trains, e.g. lora+'+remedies[0])
     return tuple(names) if names==['all'] else tuple(dict.fromkeys(['zero_shot', *names]))
 
 # %% ../../nbs/study/00_plan.ipynb #a4487102
@@ -55,6 +60,7 @@ class Plan:
     learning_rates:dict=field(default_factory=dict) # method -> learning rate, where it differs from the usual
     settings:dict=field(default_factory=dict) # method -> settings of the method, e.g. {'lora': {'r': 16}}
     metrics:tuple=None # names of metrics; None: those of `score_captions`
+    source:str=None # data that the base knows, for rehearsal; None: the source domain of Scenes
     prompt:str='Describe the image in one sentence.' # instruction, for zero-shot and tuned alike: references are short; '' for the captioner's own
     max_new_tokens:int=40 # longest caption in tokens
     folds:int=None # folds for data that come without a test split

@@ -148,7 +148,10 @@ class VirtualTokens(nn.Module):
         n: int|None,  # number of rows; None: as many as the text has tokens
     ):
         super().__init__()
-        self.specials, self.instruction, self.where, self.n, self.alpha = specials, instruction, place, n, 1.0
+        self.specials, self.instruction, self.stand, self.n, self.alpha = specials, instruction, place, n, 1.0
+
+    @property
+    def where(self): return self.stand if self.alpha else "nowhere"
 
     def place(self,
         ids: list,  # token ids of a prompt
@@ -157,6 +160,7 @@ class VirtualTokens(nn.Module):
         "Lay a prompt out anew."
         text = [i for i, t in enumerate(ids) if t not in self.specials]
         keep, n = list(range(len(ids))), len(text) if self.n is None else self.n
+        if self.where == "nowhere": return keep, [-1] * len(ids)
         if self.where == "start": return [text[k % len(text)] if text else 0 for k in range(n)] + keep, list(range(n)) + [-1] * len(ids)  # never copies of an image token
         if not text: raise ConfigError("this prompt has no words that learned vectors could replace", where=repr(instruction), do="ask with an instruction, or use place='start' with n=...")
         if self.where == "before":
@@ -217,7 +221,7 @@ class Prompt(Tuned):
     def scale(self,
         alpha: float,  # 0: the base, 1: as trained
     ):
-        "Rows between their start (0) and what was learned (1)."
+        "Rows between their start and what was learned (1); at 0 there are none, and the base is asked in words."
         self.alpha = self.captioner.virtual.alpha = float(alpha); return self
 
     def _save(self, folder):
@@ -266,7 +270,7 @@ class PeftTuned(Tuned):
     method = "peft"
     def _wrap(self, peft_model):
         "Keep the peft model beside, not among, our modules: its weights are already in the captioner."
-        self.__dict__["peft"] = peft_model
+        self.__dict__.update(peft=peft_model, _hooks=[])
         tower = getattr(self.captioner, "tower", None)
         inside = {id(m) for m in tower.modules()} if tower is not None else set()
         self.touches_vision = any(id(m) in inside for m in self._layers())
@@ -289,24 +293,47 @@ class PeftTuned(Tuned):
         finally: self.captioner.vision_state = was
 
 # %% ../../nbs/tune/00_methods.ipynb #6f7de66a
+def plain_lora(
+    layer: nn.Module,  # of peft
+) -> bool:
+    "Is this W + s BA with a factor s, and nothing else?"
+    from peft.tuners.lora import LoraLayer
+    return isinstance(layer, LoraLayer) and not layer.lora_variant
+
+def on_line(
+    layer: nn.Module,  # of peft, with `line` = alpha
+    args: tuple,  # what it was called with
+    kw: dict,  # and by name
+    out: torch.Tensor,  # (…, d_out) W'x
+) -> torch.Tensor:  # (…, d_out) Wx + alpha (W'x - Wx)
+    "The output of a layer whose weights lie between its own and the trained ones."
+    was, layer._disable_adapters = layer._disable_adapters, True
+    try: base = layer.forward(*args, **kw)
+    finally: layer._disable_adapters = was
+    return base if layer.line == 0 else torch.lerp(base, out.to(base.dtype), layer.line)
+
 @method_of(PeftTuned)
 def scale(self,
     alpha: float,  # 0: the base, 1: the adapter as trained
 ):
-    "Multiply the low-rank change by `alpha`; other kinds of adapter know only 0 and 1."
-    layers = [m for m in self._layers() if hasattr(m, "scaling")]
-    plain = layers and len(layers) == len(self._layers()) and not any(getattr(m, "use_dora", {}).get("default") for m in layers)
-    if not plain and alpha not in (0, 1):
-        raise ConfigError("this kind of adapter has no straight line to the base", where=self.method, expected="alpha 0 or 1")
-    if plain:
-        for m in layers:
+    "Put the weights on the line $W + \\alpha (W' - W)$: by the factor of a plain low-rank change, else by `on_line`."
+    layers = self._layers()
+    if not layers and alpha not in (0, 1): raise ConfigError("this kind of adapter has no weights between the base and itself", where=self.method, expected="alpha 0 or 1")
+    if not layers: (self.peft.base_model.enable_adapter_layers if alpha else self.peft.base_model.disable_adapter_layers)()
+    for h in self._hooks: h.remove()
+    self._hooks.clear()
+    for m in layers:
+        if plain_lora(m):
             m.__dict__.setdefault("_scale_1", dict(m.scaling))
             for name, s in m._scale_1.items(): m.scaling[name] = s * alpha
-    else: (self.peft.base_model.enable_adapter_layers if alpha else self.peft.base_model.disable_adapter_layers)()
+        elif alpha != 1:
+            m.__dict__["line"] = float(alpha); self._hooks.append(m.register_forward_hook(on_line, with_kwargs=True))
     self.alpha = float(alpha)
     if self.touches_vision: self.captioner.vision_state = f"scale {alpha}"
     return self
 
+
+# %% ../../nbs/tune/00_methods.ipynb #e010d9ad
 @method_of(PeftTuned)
 def _save(self, folder): self.peft.save_pretrained(folder, save_embedding_layers=False)
 
@@ -326,8 +353,13 @@ def _detach(self):
 
 @method_of(PeftTuned)
 def merge(self) -> Captioner:
-    "Write the change into the weights and let go: a captioner that needs no adapter."
+    "Write the change, at the present alpha, into the weights and let go: a captioner that needs no adapter."
+    bases = [m.get_base_layer() for m in self._layers() if not plain_lora(m)] if self._hooks else []
+    before = [{n: p.detach().clone() for n, p in b.named_parameters()} for b in bases]
     self.peft.merge_and_unload(); self._unfreeze(); self.captioner.tuned_by = None
+    with torch.no_grad():
+        for b, was in zip(bases, before):
+            for n, p in b.named_parameters(): p.copy_(torch.lerp(was[n], p, self.alpha))
     return self.captioner
 
 @method_of(PeftTuned)
@@ -367,6 +399,9 @@ class Full(Tuned):
         model, root = self.captioner.model, decoder_name(self.captioner.model)
         chosen = {n: p for n, p in model.named_parameters() if on[part_of(n, root)]}
         if not chosen: raise ConfigError("nothing is left to train", where=on, do="switch on vision, projector or language")
+        self._take(chosen)
+
+    def _take(self, chosen):
         for p in chosen.values(): p.requires_grad_(True)
         self.__dict__.update(own=chosen, base={n: p.detach().clone() for n, p in chosen.items()}, learned=None)
 
