@@ -197,8 +197,8 @@ def distil(
     "A pull of each next-token distribution to the base's, on source examples if there are any"
     return t._replace(objective=Distil(t.objective, t.tuned, weight, None if own else t.source, data=t.data))
 
-# %% ../../nbs/tune/06_remedies.ipynb #6750db22
-REMEDIES = dict(early=early, low_lr=low_lr, rehearse1=rehearse(.01), rehearse5=rehearse(.05), rehearse20=rehearse(.2), l2sp=l2sp, distil=distil)  # name -> function, in the order of application
+# %% ../../nbs/tune/06_remedies.ipynb #7db54188
+REMEDIES = dict(early=early, low_lr=low_lr, rehearse1=rehearse(.01), rehearse5=rehearse(.05), rehearse20=rehearse(.2), l2sp=l2sp, distil=distil)  # name -> function, as applied
 
 def list_remedies() -> dict:  # name -> one line
     "What there is, for help texts."
@@ -217,7 +217,7 @@ def split_method(
 ) -> tuple:  # (method, list of remedies as they were named)
     "Method and remedies of a name."
     method, *remedies = [re.sub(r"[- ]", "_", p.strip()) for p in name.split("+")]
-    if not method: raise ConfigError("no method is named before the remedies", where=repr(name), expected="such as full+rehearse5")
+    if not method: raise ConfigError("no method is named", where=repr(name), expected="such as full+rehearse5")
     _checked(remedies)
     return method, remedies
 
