@@ -291,7 +291,7 @@ def test_full_weights_lie_on_the_line():
 
 
 def test_a_switch_is_refused_before_anything_is_computed():
-    t = attach(toy(), "lora", dora=True); calls = []
+    t = PromptSweep(toy()); calls = []
     with pytest.raises(ConfigError, match="0 or 1"): alpha_sweep(t, lambda t: calls.append(1) or {"a": 1.})
     assert not calls and t.alpha == 1
     assert alpha_sweep(t, lambda t: {"a": t.alpha}, (1,)).alphas == [0, 1]
