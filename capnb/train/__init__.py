@@ -6,5 +6,6 @@ lazy(__name__,
      loop="train stop_training Interrupted",
      objective="caption_loss",
      callback="CaptionEval",
+     mixing="Rehearsal hold_back CaptionLoss",
      classical_peers="run_peer",
      clip_tiny_probes="score_dual")

@@ -5,6 +5,6 @@ lazy(__name__,
      methods="METHODS attach Tuned",
      adapters="load_adapter",
      prompt_sweep="PROMPTS PromptSweep",
-     remedies="REMEDIES apply_remedies split_method Rehearsal",
-     alpha="alpha_sweep AlphaCurve",
+     remedies="REMEDIES apply_remedies split_method list_remedies",
+     alpha="alpha_sweep AlphaCurve front hypervolume",
      names="label")
