@@ -78,6 +78,7 @@ def source_pairs(
     data = load_data(plan.source)
     return Pairs(data.split(dict(some=min(plan.train_images, len(data))))['some'], 'source')
 
+# %% ../../nbs/study/06_run.ipynb #10a5cd18
 def _trained(tuned, run, pairs, plan, folder):
     "Train `tuned`, or load what was trained before; returns the history"
     saved,history = folder/'adapter',folder/'history.json'

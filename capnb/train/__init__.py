@@ -5,5 +5,7 @@ lazy(__name__,
      config="TrainConfig",
      loop="train stop_training Interrupted",
      objective="caption_loss",
+     callback="CaptionEval",
+     mixing="Rehearsal hold_back CaptionLoss",
      classical_peers="run_peer",
      clip_tiny_probes="score_dual")

@@ -14,7 +14,7 @@ from ..core.figures import new_figure, plotting
 from ..core.files import read_json, write_json
 from .methods import Tuned
 
-# %% ../../nbs/tune/07_alpha.ipynb #32d24f9f
+# %% ../../nbs/tune/07_alpha.ipynb #4d24ba60
 @dataclass
 class AlphaCurve:
     "Values along the line from the base to the tuned model."
@@ -34,10 +34,10 @@ class AlphaCurve:
         name: str,  # of a value
     ) -> list:  # one for each alpha, turned so that more is better
         "The values of a name."
-        if name not in self.values: raise ConfigError(f"the curve has no value {name!r}", do=did_you_mean(name, self.values))
+        _known(name, self.values)
         return [-v for v in self.values[name]] if name in self.lower else self.values[name]
 
-# %% ../../nbs/tune/07_alpha.ipynb #c7bc4436
+# %% ../../nbs/tune/07_alpha.ipynb #29cacf85
 def _alpha(a):
     "A finite number from 0."
     if isinstance(a, bool) or not isinstance(a, (int, float)) or not 0 <= a < math.inf: raise ConfigError(f"alpha cannot be {a!r}", expected="a number from 0; 0 is the base, 1 the tuned model")
@@ -51,12 +51,16 @@ def _number(v, name, alpha):
     if not math.isfinite(x): raise MetricError(f"{name} has no value at alpha {alpha:g}: {v!r}", expected="a finite number", do="more images, or another measure")
     return x
 
+def _known(name, values):
+    "Complain about a name without values."
+    if name not in values: raise ConfigError(f"there is no value {name!r}", do=did_you_mean(name, values))
+
 def _fits(vs, alphas, name):
     "As many values as alphas?"
     if len(vs) != len(alphas): raise ConfigError(f"{name} has {len(vs)} values for {len(alphas)} alphas", expected="one for each")
     return True
 
-# %% ../../nbs/tune/07_alpha.ipynb #62895f6e
+# %% ../../nbs/tune/07_alpha.ipynb #e40d44c1
 def alpha_sweep(
     tuned: Tuned,  # trained, attached
     evaluate,  # `evaluate(tuned) -> dict name -> number`
@@ -68,14 +72,18 @@ def alpha_sweep(
     was, seen = tuned.alpha, []
     try:
         for a in [a for a in alphas if a not in (0, 1)][:1]: tuned.scale(a)
-        for a in alphas: seen.append(_measured(tuned, evaluate, a, seen))
+        for a in alphas:
+            seen.append(_measured(tuned, evaluate, a, seen))
+            for k in lower: _known(k, seen[0])
     finally: tuned.scale(was)
     return AlphaCurve(alphas, {k: [s[k] for s in seen] for k in seen[0]}, getattr(tuned, "method", ""), tuple(lower))
 
 def _measured(tuned, evaluate, a, seen):
     "The values at one alpha, under the names of those before."
     tuned.scale(a)
-    got = {str(k): _number(v, k, a) for k, v in evaluate(tuned).items()}
+    got = evaluate(tuned)
+    if not isinstance(got, dict): raise ConfigError(f"evaluate gives {type(got).__name__}", expected="a dict name -> number")
+    got = {str(k): _number(v, k, a) for k, v in got.items()}
     if not got or seen and got.keys() != seen[0].keys():
         raise ConfigError(f"evaluate gives other names at alpha {a:g}", where=sorted(got), expected=sorted(seen[0]) if seen else "at least one", do="the same names at each alpha")
     return got

@@ -148,10 +148,10 @@ class VirtualTokens(nn.Module):
         n: int|None,  # number of rows; None: as many as the text has tokens
     ):
         super().__init__()
-        self.specials, self.instruction, self.home, self.n, self.alpha = specials, instruction, place, n, 1.0
+        self.specials, self.instruction, self.stand, self.n, self.alpha = specials, instruction, place, n, 1.0
 
     @property
-    def where(self): return self.home if self.alpha else "nowhere"         # at alpha 0 the base is asked
+    def where(self): return self.stand if self.alpha else "nowhere"
 
     def place(self,
         ids: list,  # token ids of a prompt
@@ -221,7 +221,7 @@ class Prompt(Tuned):
     def scale(self,
         alpha: float,  # 0: the base, 1: as trained
     ):
-        "Rows between their start and what was learned (1). At 0 they are gone, also those that stand for no word: the base."
+        "Rows between their start and what was learned (1); at 0 there are none, and the base is asked in words."
         self.alpha = self.captioner.virtual.alpha = float(alpha); return self
 
     def _save(self, folder):
