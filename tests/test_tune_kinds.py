@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 from capnb.core.errors import ConfigError
 from capnb.models.captioner import fingerprint
-from capnb.models.families import ASKED, SENTENCES, TIERS, tiny_family, written_is_forward
+from capnb.models.families import ASKED, SENTENCES, TIERS, WORDS, tiny_family, written_is_forward
+from capnb.models.llava import LlavaCaptioner, build_llava, word_tokenizer
 from capnb.tune.adapters import load_adapter
 from capnb.tune.bottleneck import decoder_layers
 from capnb.tune.kinds import NewBias, OldBias
@@ -72,7 +73,7 @@ def test_kind(kind, name, tmp_path):
 
     # off and alpha
     with t.off(): assert torch.equal(scores(t), logits) and says(t) == before
-    if kind != "prompt_tuning": assert torch.equal(scores(t.scale(0)), logits) and says(t) == before
+    assert torch.equal(scores(t.scale(0)), logits) and says(t) == before
     assert not torch.allclose(scores(t.scale(.5)), far)
     with t.off(): assert torch.equal(scores(t), logits)                     # also from half way
     assert torch.equal(scores(t.scale(1)), far) and set(t.parameters()) == mine
@@ -145,21 +146,29 @@ def test_alpha_of_blocks_and_rows(name):
     torch.testing.assert_close(scores(t), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS])
-def test_half_precision_and_beams(kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision(kind):
     c, put_on = make(kind, "llava")
     c.model.to(torch.bfloat16); before = says(c)
     t = strong(put_on(), .5)
     t(t.collate(examples())).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in t.parameters())
     assert says(t) != before
-    assert t.caption(PHOTOS, ASKED, max_new_tokens=4, num_beams=2) == [t.caption([p], a, max_new_tokens=4, num_beams=2)[0] for p, a in zip(PHOTOS, ASKED)]
-    if kind != "prompt_tuning": assert says(t.scale(0)) == before
+    assert says(t.scale(0)) == before
     scores(t.scale(.5))
     with t.off(): assert says(t) == before
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS])
+@pytest.mark.parametrize("kind", KINDS)
+def test_beams(kind):
+    c, put_on = make(kind, "llava")
+    beams = lambda: c.caption(PHOTOS, ASKED, max_new_tokens=4, num_beams=2)
+    before, t = beams(), strong(put_on(), .5)
+    assert beams() != before and beams() == [c.caption([p], a, max_new_tokens=4, num_beams=2)[0] for p, a in zip(PHOTOS, ASKED)]
+    with t.off(): assert beams() == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llava", "blip2"])
 def test_gradient_checkpointing(kind, name):
     "The same gradients, though the layers run twice."
@@ -170,6 +179,62 @@ def test_gradient_checkpointing(kind, name):
         t.train(); torch.manual_seed(0); t(t.collate(examples())).loss.backward()
         return [p.grad for p in t.parameters()]
     for a, b in zip(grads(False), grads(True)): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_prompt_files_of_peft(tmp_path):
+    "Saved by peft's own prompt tuning on LLaVA: the logits are peft's."
+    from peft import PromptTuningConfig, get_peft_model
+    torch.manual_seed(0)
+    c = LlavaCaptioner(*build_llava(word_tokenizer(WORDS), image_size=32, width=48, layers=2, vision_layers=1))  # a width unlike the number of words: peft looks for that number
+    with torch.no_grad():
+        for p in c.model.parameters(): p.mul_(3)
+    theirs = get_peft_model(copy.deepcopy(c.model), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    with torch.no_grad(): theirs.prompt_encoder["default"].embedding.weight.normal_(0, 2)
+    theirs.save_pretrained(tmp_path)
+    batch = c.collate(examples()); inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    want = theirs(**inputs, pixel_values=c.pixels(PHOTOS)).logits
+    t = load_adapter(c, tmp_path); P = t.virtual.P.detach().clone()
+    for again in (False, True):                                             # read from the file; then the same rows by name
+        if again:
+            t.detach(); t = attach(c, "prompt_tuning", n=5)
+            with torch.no_grad(): t.virtual.P.copy_(P)
+        got, keep = scores(t), batch["attention_mask"].bool()
+        torch.testing.assert_close(got[:, 5:][keep], want[:, 5:][keep], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[:, :5], want[:, :5], rtol=1e-4, atol=1e-4)
+
+
+def test_four_bits_are_refused_with_a_reason(monkeypatch):
+    c = family("llava"); print_ = fingerprint(c.model)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"capnb\[qlora\]"): attach(c, "qlora")
+    def broken(*args, **kw): raise RuntimeError("no kernel for this machine")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(__version__="0", nn=types.SimpleNamespace(Linear4bit=broken)))
+    with pytest.raises(ConfigError, match="cannot run: no kernel"): attach(c, "qlora")
+    assert c.tuned_by is None and fingerprint(c.model) == print_ and all(p.requires_grad for p in c.parameters())
+
+
+def test_four_bits_by_hand():
+    "The layers against matrices that were rounded and read back; half way against the base's own; a base that is in 4 bits already."
+    bnb = pytest.importorskip("bitsandbytes")
+    c = family("llava"); layer = c.decoder.layers[0].self_attn.q_proj; W = layer.weight.detach().clone()
+    print_, x = fingerprint(c.model), torch.randn(3, W.shape[1])
+    t = strong(attach(c, "qlora", r=3, alpha=6)); q = c.decoder.layers[0].self_attn.q_proj; p = q.get_base_layer().weight
+    assert p.dtype == torch.uint8 and isinstance(c.decoder.layers[1].mlp.up_proj, bnb.nn.Linear4bit) and type(c.head) is torch.nn.Linear
+    Q = bnb.functional.dequantize_4bit(p.data, p.quant_state)               # (d_out, d_in)
+    assert 0 < (Q - W).abs().max() < .5 * W.abs().max()
+    Wt = Q + 6 / 3 * q.lora_B["default"].weight @ q.lora_A["default"].weight
+    torch.testing.assert_close(q(x), x @ Wt.T, rtol=1e-4, atol=1e-4)
+    for a in (0, .25, 1): t.scale(a); torch.testing.assert_close(q(x), x @ (W + a * (Wt - W)).T, rtol=1e-4, atol=1e-4)
+    root = c.decoder; four = {n: m for n, m in root.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    t.detach(); assert fingerprint(c.model) == print_
+    for n, m in four.items():
+        parent, _, leaf = n.replace(".base_layer", "").rpartition("."); setattr(root.get_submodule(parent), leaf, m)
+    print_, before = fingerprint(c.model), scores(c)
+    t = strong(attach(c, "qlora", r=3))
+    assert not torch.allclose(scores(t), before)
+    with t.off(): assert torch.equal(scores(t), before)
+    assert torch.equal(scores(t.scale(0)), before)
+    t.detach(); assert fingerprint(c.model) == print_
 
 
 def test_biases_by_family():
@@ -189,7 +254,7 @@ def test_what_trains(name):
     "Counts by hand from the decoder's own modules, and a step of training that leaves vision and connector as they were."
     c = family(name); L = len(decoder_layers(c)); d = c.decoder.config.hidden_size
     for kind, want in dict(adapter=L * 2 * 6 * d, prompt_tuning=5 * d).items():
-        assert attach(c, kind, **KINDS[kind]).counts()["trainable"] == want; c.tuned_by and _let_go(c, kind)
+        t = attach(c, kind, **KINDS[kind]); assert t.counts()["trainable"] == want; t.detach()
     inside = decoder_name(c.model)
     if not os.environ.get("CAPNB_ALL") and name not in SORTS: return
     for kind in ("dora", "ia3", "bias", "full"):
@@ -200,10 +265,3 @@ def test_what_trains(name):
         now = dict(c.model.named_parameters())
         assert seen and all(torch.equal(now[n], v) for n, v in seen.items()), kind
 
-
-def _let_go(c, kind):
-    "Detach without the handle."
-    c.virtual, c.tuned_by = None, None
-    if hasattr(c, "bottleneck"):
-        for l in decoder_layers(c): l._forward_hooks.clear()
-        del c.bottleneck

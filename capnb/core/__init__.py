@@ -12,4 +12,5 @@ lazy(__name__,
      figures="plotting new_figure figure_svg",
      page="Page",
      doctor="doctor format_doctor",
-     fetch="part_folder")
+     fetch="part_folder",
+     claims="claim judge read_claims save_claims claims_table")

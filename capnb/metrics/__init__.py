@@ -4,6 +4,7 @@ from capnb._lazy import lazy
 lazy(__name__,
      scores="score_captions Scores compare METRICS",
      slices="sliced compare_slices changed by_length by_object by_domain",
+     style_match="style_distance",
      significance="bootstrap paired_bootstrap permutation_test holm",
      cider="document_frequencies DocFreq",
      clip_score="retrieval",

@@ -6,7 +6,7 @@
 __all__ = ['Grid', 'read_grid', 'stored_measures', 'base_of', 'difference', 'over_seeds', 'grid_row', 'condense_grid', 'signed',
            'comparison_table']
 
-# %% ../../nbs/personalize/06_compare.ipynb #67b99f40
+# %% ../../nbs/personalize/06_compare.ipynb #2fa22d0e
 import math
 from typing import NamedTuple
 import numpy as np
@@ -15,7 +15,7 @@ from ..core.results import environment, load_results
 from ..core.files import plain
 from ..metrics.scores import Scores
 from ..metrics.significance import Interval, holm, permutation_test, two_level
-from .retention import kept
+from .retention import kept_interval
 from ..tune.names import label
 
 # %% ../../nbs/personalize/06_compare.ipynb #6ad1f5e2
@@ -83,7 +83,7 @@ def over_seeds(
     half = _T[min(len(x) - 2, len(_T) - 1)]*x.std(ddof=1)/math.sqrt(len(x))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
-# %% ../../nbs/personalize/06_compare.ipynb #81942e90
+# %% ../../nbs/personalize/06_compare.ipynb #9ce8e0f3
 def _short(d): return None if d is None else [round(float(v), 4) for v in (d.value, d.low, d.high)]
 
 def grid_row(
@@ -99,7 +99,7 @@ def grid_row(
         file_size=first['train_info']['file_size'], seconds=round(float(np.mean([r['train_info']['train_time'] for r in runs])), 1),
         target={n: [round(stored_measures(r, 'target')[n].value, 4) for r in runs] for n in names},
         gained={n: _short(difference(grid, key, n, 'target')) for n in names},
-        kept=[round(v, 4) if v is not None else None for v in over_seeds([kept(before, stored_measures(r, 'kept')) for r in runs])],
+        kept=_short(kept_interval(before, [stored_measures(r, 'kept') for r in runs])),
         raw={n: _short(difference(grid, key, n, 'kept')) for n in before}, values={n: [round(stored_measures(r, 'kept')[n].value, 4) for r in runs] for n in before})
     if all('alpha' in r['personalize'] for r in runs): row['budget'] = _budget(grid, key)
     return row
@@ -111,7 +111,18 @@ def _budget(grid, key):
     return dict(lose=parts[0]['lose'], picked=[p['picked'] for p in parts], alphas=parts[0]['curve']['alphas'], curve={k: mean(k) for k in ('target','source')},
                 **{name: _short(difference(grid, key, 'CIDEr-D', 'alpha', part)) for name,part in dict(gained='target', source='source').items()})
 
-# %% ../../nbs/personalize/06_compare.ipynb #7a8e838e
+# %% ../../nbs/personalize/06_compare.ipynb #d0b9b9b5
+def _beside(grid, key):
+    "What a method keeps more than full fine-tuning, and gains more than a network trained from nothing; None without such runs"
+    own,out = grid.runs[key],{}
+    full,other = grid.runs.get(('full', key[1])),grid.runs.get(('classical', 'adamw'))
+    kept_of = lambda runs: [stored_measures(r, 'kept') for r in runs]
+    target = lambda runs: [stored_measures(r, 'target')['CIDEr-D'] for r in runs]
+    out['kept_over_full'] = _short(kept_interval(stored_measures(base_of(grid), 'kept'), kept_of(full), kept_of(own))) if full and key[0] != 'full' else None
+    out['over_classical'] = _short(two_level(target(other), target(own))) if other and key[0] != 'classical' else None
+    return out
+
+# %% ../../nbs/personalize/06_compare.ipynb #7e720528
 def condense_grid(
     folder # of the results
 )->dict: # rows, environment and what the grid was: small enough to keep
@@ -121,12 +132,13 @@ def condense_grid(
     trained = [r for r in rows if r['lr'] is not None]
     base = stored_measures(base_of(grid), 'target')['CIDEr-D']
     p = [permutation_test([base], [stored_measures(r, 'target')['CIDEr-D'] for r in grid.runs[x['method'], x['optimizer']]]) for x in trained]
-    for x,a,b in zip(trained, p, holm(p)): x.update(p=round(a, 5), holm=round(b, 5))
+    for x,a,b in zip(trained, p, holm(p)): x.update(p=round(a, 5), holm=round(b, 5), **_beside(grid, (x['method'], x['optimizer'])))
+    rows[list(grid.runs).index(('zero_shot', 'adamw'))]['at'] = {n: _short(two_level([m])) for part in ('target', 'kept') for n,m in stored_measures(base_of(grid), part).items() if m.pool}
     first = base_of(grid)
     return plain(dict(rows=rows, config=first['run_info']['train_config'], meta_info=dict(first['meta_info'], pytorch_info=None), runs=sum(map(len, grid.runs.values())),
                       trials=sum(map(len, grid.trials.values())), broken=grid.broken))
 
-# %% ../../nbs/personalize/06_compare.ipynb #1ae6fe66
+# %% ../../nbs/personalize/06_compare.ipynb #96a56b4c
 def signed(
     d, # [value, low, high], a limit may be None; or None
     digits:int=2 # after the point
@@ -138,13 +150,13 @@ def signed(
 
 def comparison_table(
     small:dict, # from `condense_grid`
-    raw=('source CIDEr-D','near CIDEr-D','out CIDEr-D','yes/no','short answers') # measures shown as differences
+    raw=('source CIDEr-D','near CIDEr-D','out CIDEr-D','short answers') # measures shown as differences
 )->str: # Markdown
     "One row a method: what it gains, what it keeps, what it costs"
     several = len({r['optimizer'] for r in small['rows'] if r['lr']}) > 1
     head = ['method', 'trained weights', 'target CIDEr-D', 'gained', 'kept (1: all)', *raw]
     rows = [[r['label'] + (f" ({dict(adamw='AdamW', sgd='SGD')[r['optimizer']]})" if several and r['lr'] else ''), f"{r['parameters']:,}", f"{np.mean(r['target']['CIDEr-D']):.2f}",
-             signed(r['gained']['CIDEr-D']) if r['lr'] or r['method'] != 'zero_shot' else '–', f"{r['kept'][0]:.2f}" + (f" [{r['kept'][1]:.2f}, {r['kept'][2]:.2f}]" if r['kept'][1] is not None else ''),
+             signed(r['gained']['CIDEr-D']) if r['lr'] or r['method'] != 'zero_shot' else '–', f"{r['kept'][0]:.2f}" + (f" [{r['kept'][1]:.2f}, {r['kept'][2]:.2f}]" if r['method'] != 'zero_shot' else ''),
              *[signed(r['raw'].get(n)) if r['method'] != 'zero_shot' else '–' for n in raw]] for r in small['rows']]
     line = lambda cells: '| ' + ' | '.join(cells) + ' |'
     return '\n'.join([line(head), line(['---']*len(head)), *map(line, rows)])

@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['TINY', 'METRICS_OF_TARGET', 'ALPHAS', 'Setting', 'Task', 'scenes_task', 'style_task', 'Bench', 'score_set',
-           'config_of', 'trained', 'run_trial', 'choose_rate', 'run_full', 'missing', 'expected_cost', 'run_grid']
+           'config_of', 'trained', 'run_trial', 'choose_rate', 'target_measures', 'run_full', 'missing',
+           'expected_cost', 'run_grid']
 
-# %% ../../nbs/personalize/03_grid.ipynb #a4ac1287
+# %% ../../nbs/personalize/03_grid.ipynb #406b96d1
 import dataclasses, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from ..core.errors import CapnbError, ConfigError, DataError
+from ..core.errors import ConfigError
 from ..core.files import plain, read_json, write_json
-from ..core.progress import progress
 from ..core.results import load_results, new_result, result_path, save_result
 from ..data.pairs import Pairs
 from ..data.scenes import Scenes
+from ..metrics.inputs import Measure
 from ..metrics.scores import Scores, score_captions
+from ..metrics.style_match import style_distance
 from ..models.captioner import FeatureCache
-from .protocol import LR_TRIALS, adamw, sgd
+from .protocol import ADAMW, SGD, lr_trials
 from .retention import Retention
 from ..train.loop import train
 from ..train.objective import caption_loss
@@ -110,28 +112,29 @@ class Bench:
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
-# %% ../../nbs/personalize/03_grid.ipynb #64e5c1ff
+# %% ../../nbs/personalize/03_grid.ipynb #e9bdd1e6
 def score_set(
     bench:Bench, # with the images
     tuned, # a `Tuned`
     name:str='test', # val, source_val, test or source_test
-    metrics=('cider_d',) # names
+    metrics=('cider_d',), # names
+    said:list=None # captions, if they are there already
 )->Scores: # of the captions that `tuned` writes
     "Caption one of the bench's sets and score it"
     records,inputs = bench.sets[name]
-    said = tuned.caption(inputs, max_new_tokens=bench.task.max_new_tokens)
+    if said is None: said = tuned.caption(inputs, max_new_tokens=bench.task.max_new_tokens)
     truth = [r.truth for r in records]
     known = all(t and 'scene' in t for t in truth)
     return score_captions(said, [list(r.captions) for r in records], [m for m in metrics if known or m != 'scenes'], truth=truth if known else None)
 
-# %% ../../nbs/personalize/03_grid.ipynb #8d16166a
+# %% ../../nbs/personalize/03_grid.ipynb #c837cde9
 def config_of(
     bench:Bench, # task and folder
     setting:Setting # method, optimiser, rate, seed
 ): # `TrainConfig`
     "The training of a run: cosine schedule, as many epochs as the task says"
     t = bench.task
-    make = dict(adamw=adamw, sgd=sgd).get(setting.optimizer)
+    make = dict(adamw=ADAMW, sgd=SGD).get(setting.optimizer)
     if make is None: raise ConfigError(f'There is no optimiser {setting.optimizer!r} in the protocol', expected='adamw or sgd')
     return make(setting.lr, seed=setting.seed, epochs=t.epochs, batch_size=min(t.batch_size, len(t.train)), out=str(bench.folder/'runs'/setting.name/'train'), checkpoint_every=100)
 
@@ -204,7 +207,7 @@ def _finish(bench, out, log, start):
     save_result(bench.folder, plain(out))
     return plain(out)
 
-# %% ../../nbs/personalize/03_grid.ipynb #ad913dcc
+# %% ../../nbs/personalize/03_grid.ipynb #4de4c680
 def choose_rate(
     bench:Bench, # what runs share
     method:str, # with or without remedies
@@ -213,15 +216,26 @@ def choose_rate(
 )->tuple: # (learning rate, {rate: validation CIDEr-D}); (None, {}) where nothing is trained
     "The best of at most four learning rates, by validation, at seed 0"
     plain_method,_ = split_method(method)
-    rates = LR_TRIALS[optimizer].get(plain_method, ()) if rates is None else rates
+    rates = lr_trials(plain_method, optimizer) if rates is None else rates
     if not rates: return None, {}
     if len(rates) > 4: raise ConfigError(f'{len(rates)} trials for {method}', expected='at most 4, as many as the other methods')
     tried = {lr: run_trial(bench, Setting(plain_method, optimizer, lr))['personalize']['val'] for lr in rates}
     return max(tried, key=tried.get), tried
 
-# %% ../../nbs/personalize/03_grid.ipynb #c029b9c2
+# %% ../../nbs/personalize/03_grid.ipynb #c17a5b44
 METRICS_OF_TARGET = ('cider_d','bleu','rouge_l','style','scenes')
 ALPHAS = (0., .25, .5, .75, 1.)
+
+def target_measures(
+    bench:Bench, # with the images
+    tuned # a `Tuned`, or any captioner
+)->dict: # target: stored measures, style distance among them; said: captions
+    "What the target's test images give"
+    records,inputs = bench.sets['test']
+    said = tuned.caption(inputs, max_new_tokens=bench.task.max_new_tokens)
+    found = dict(score_set(bench, tuned, 'test', METRICS_OF_TARGET, said).measures)
+    found['style distance'] = Measure(style_distance(said, [list(r.captions) for r in records], draws=1).value, None, None, None)
+    return dict(target=_stored(found), said=said)
 
 def run_full(
     bench:Bench, # what runs share
@@ -237,7 +251,7 @@ def run_full(
     try:
         out = _begin(bench, setting, tuned, log, 'run')
         mine = out['personalize']
-        mine.update(target=_stored(score_set(bench, tuned, 'test', METRICS_OF_TARGET).measures), kept=_stored(bench.retention.measure(tuned)))
+        mine.update(target_measures(bench, tuned), kept=_stored(bench.retention.measure(tuned)))
         if setting.lr is not None: mine['alpha'] = _sweep(bench, tuned, alphas, lose)
         else: mine['source'] = _stored(score_set(bench, tuned, 'source_test').measures)
     finally: tuned.detach()
@@ -252,12 +266,13 @@ def _sweep(bench, tuned, alphas, lose):
     try: return dict(curve=curve.to_json(), lose=lose, picked=best, **{k: _stored(score_set(bench, tuned, n).measures) for k,n in dict(target='test', source='source_test').items()})
     finally: tuned.scale(1.)
 
-# %% ../../nbs/personalize/03_grid.ipynb #6e5e72d0
+# %% ../../nbs/personalize/03_grid.ipynb #9235f53d
 def missing(
     folder, # of the results
     methods, # names, with or without remedies
     optimizers=('adamw',), # for each method
-    seeds:int=3 # for each trained method
+    seeds:int=3, # for each trained method
+    rates:dict=None # method -> learning rates to try, where the protocol knows none
 )->list: # of (kind, method, optimizer, number)
     "Trials and runs that have no file yet; runs of a method whose rate is not chosen count as missing"
     have = [r['personalize'] for r in load_results(folder) if 'personalize' in r] if Path(folder).exists() else []
@@ -265,8 +280,9 @@ def missing(
     todo = []
     for m in methods:
         for o in optimizers:
-            first,rates = split_method(m)[0],LR_TRIALS[o].get(split_method(m)[0], ())
-            todo += [('trial', first, o, lr) for lr in rates] + [('run', m, o, s) for s in range(seeds if rates else 1)]
+            first = split_method(m)[0]
+            tries = (rates or {}).get(first) or lr_trials(first, o)
+            todo += [('trial', first, o, lr) for lr in tries] + [('run', m, o, s) for s in range(seeds if tries else 1)]
     return [x for x in dict.fromkeys(todo) if x not in seen]
 
 def expected_cost(
@@ -280,22 +296,23 @@ def expected_cost(
     if any(took[k] is None for k,*_ in todo): return len(todo), None
     return len(todo), sum(took[k] for k,*_ in todo)
 
-# %% ../../nbs/personalize/03_grid.ipynb #6bafc548
+# %% ../../nbs/personalize/03_grid.ipynb #1d2a31a3
 def run_grid(
     bench:Bench, # what runs share
     methods, # names, with or without remedies
     optimizers=('adamw',), # for each method
     seeds:int=3, # for each trained method
+    rates:dict=None, # method -> learning rates to try, where the protocol knows none
     say=print # called with lines of progress
 )->list: # results of the runs, failed ones included
     "Choose each method's rate, then run every seed; seeds outside, so that a stopped grid compares all methods"
-    n,seconds = expected_cost(bench.folder, missing(bench.folder, methods, optimizers, seeds))
+    n,seconds = expected_cost(bench.folder, missing(bench.folder, methods, optimizers, seeds, rates))
     say(f"{n} trials and runs to do" + (f", about {seconds/60:.0f} minutes" if seconds else ''))
-    out,rates = [],{}
+    out,chosen = [],{}
     for m in methods:
-        for o in optimizers: rates[m, o] = _safely(bench, m, lambda: choose_rate(bench, m, o)[0], say)
+        for o in optimizers: chosen[m, o] = _safely(bench, m, lambda: choose_rate(bench, m, o, (rates or {}).get(split_method(m)[0]))[0], say)
     for s in range(seeds):
-        for (m, o),lr in rates.items():
+        for (m, o),lr in chosen.items():
             if isinstance(lr, dict) or (lr is None and (s or o != optimizers[0])): continue
             setting = Setting(m, o if lr else 'adamw', lr, s)
             result = _safely(bench, setting.name, lambda: run_full(bench, setting), say)

@@ -95,7 +95,7 @@ function ticks(r){const raw=(r[1]-r[0])/5,p=Math.pow(10,Math.floor(Math.log10(ra
 for(let i=Math.ceil(r[0]/s);i*s<=r[1];i++)out.push(+(i*s).toPrecision(10));return out}
 '''
 
-# %% ../../nbs/personalize/05_pareto.ipynb #c1dc930f
+# %% ../../nbs/personalize/05_pareto.ipynb #540c5b80
 DRAW += '''function draw(){const x=pick("x").value,y=pick("y").value,ps=[];
 for(const m of data.methods){const a=m.values[x],b=m.values[y];if(a&&b)ps.push({label:m.label,colour:m.colour,x:a,y:b})}
 const lines=data.curves.map(c=>({label:c.label,colour:c.colour,at:c.points.filter(p=>x in p&&y in p).map(p=>[p[x],p[y],p.alpha])})).filter(c=>c.at.length>1);
@@ -111,12 +111,18 @@ add("text",{x:(L+W-R)/2,y:H-10,"text-anchor":"middle"},data.axes[x].label);
 add("text",{transform:`translate(14,${(T+H-B)/2}) rotate(-90)`,"text-anchor":"middle"},data.axes[y].label);
 for(const c of lines){path(c.at,c.colour,"none");for(const v of c.at)add("circle",{cx:X(v[0]),cy:Y(v[1]),r:2.5,fill:c.colour}).appendChild(make("title",{},c.label+", alpha "+v[2]))}
 const best=front(ps,x,y).sort((a,b)=>a.x[0]-b.x[0]||a.y[0]-b.y[0]);path(best.map(p=>[p.x[0],p.y[0]]),"currentColor","6 4");
-const taken=[];for(const p of ps){const a=X(p.x[0]),b=Y(p.y[0]),on=best.includes(p);
+for(const p of ps){const a=X(p.x[0]),b=Y(p.y[0]),on=best.includes(p);
 add("path",{d:`M${X(p.x[1])},${b}H${X(p.x[2])}M${a},${Y(p.y[1])}V${Y(p.y[2])}`,stroke:p.colour,"stroke-width":1.5,fill:"none"});
 const text=p.label+": "+data.axes[x].label+" "+show(p.x[0])+", "+data.axes[y].label+" "+show(p.y[0])+(on?", on the front":"");
-const dot=add("circle",{cx:a,cy:b,r:6,fill:on?p.colour:"var(--ground)",stroke:p.colour,"stroke-width":2.5,tabindex:0,role:"img","aria-label":text});dot.appendChild(make("title",{},text));
-const name=p.label.length>22?p.label.slice(0,21)+"\\u2026":p.label,right=a>W-150;let at=b-9;while(taken.some(t=>Math.abs(t[0]-a)<110&&Math.abs(t[1]-at)<14)&&at<H-B)at+=14;
-taken.push([a,at]);add("text",{x:right?a-9:a+9,y:at,"text-anchor":right?"end":"start",style:"paint-order:stroke;stroke:var(--ground);stroke-width:4px"},name)}
+const dot=add("circle",{cx:a,cy:b,r:6,fill:on?p.colour:"var(--ground)",stroke:p.colour,"stroke-width":2.5,tabindex:0,role:"img","aria-label":text});dot.appendChild(make("title",{},text));}
+const taken=ps.map(p=>[X(p.x[0])-7,Y(p.y[0])-7,X(p.x[0])+7,Y(p.y[0])+7]);
+for(const p of ps){const name=p.label.length>22?p.label.slice(0,21)+"\\u2026":p.label,wide=7.5*name.length,a=X(p.x[0]),b=Y(p.y[0]);let chosen=null;
+for(const [dx,dy] of [[10,-6],[10,16],[-10,-6],[-10,16],[10,-22],[10,32],[-10,-22],[-10,32],[10,48],[-10,48]]){
+const left=dx>0?a+dx:a+dx-wide,at=[left,b+dy-11,left+wide,b+dy+3];
+if(at[0]<L||at[2]>W||at[1]<0||at[3]>H-B||taken.some(t=>t[0]<at[2]&&at[0]<t[2]&&t[1]<at[3]&&at[1]<t[3]))continue;
+chosen=[dx,dy];taken.push(at);break}
+const [dx,dy]=chosen||[a>W/2?-10:10,-6];
+add("text",{x:a+dx,y:b+dy,fill:p.colour,"text-anchor":dx>0?"start":"end",style:"paint-order:stroke;stroke:var(--ground);stroke-width:4px"},name)}
 box.replaceChildren(svg);said.textContent="On the front: "+best.map(p=>p.label).join(", ")+"."}
 pick("x").addEventListener("change",draw);pick("y").addEventListener("change",draw);draw()})();'''
 

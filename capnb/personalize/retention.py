@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'false_objects', 'own_surprise', 'Retention', 'measure', 'group_of', 'kept_share', 'counted', 'shares',
-           'kept']
+           'kept', 'kept_interval']
 
 # %% ../../nbs/personalize/02_retention.ipynb #86630075
 import math
@@ -21,7 +21,7 @@ from ..metrics.significance import Interval, counts_of, pooled
 from ..models.captioner import image_key, pictures
 from .probes import SORTS, answers, by_image, make_probes, mark, probes_from_instances, rows_of
 
-# %% ../../nbs/personalize/02_retention.ipynb #ffb435ce
+# %% ../../nbs/personalize/02_retention.ipynb #812b87f5
 def false_objects(
     captions:list, # one for each record
     records:list, # with scenes, or annotated objects, as truth
@@ -35,11 +35,11 @@ def false_objects(
     return chair(prepare(list(captions), [list(r.captions) for r in records], [r.truth for r in records]))["CHAIRi"]
 
 def _share(part, whole):
-    "A `Measure` of sum(part)/sum(whole); an image without any has no value"
+    "`Measure` of sum(part)/sum(whole)"
     each = [float(p/w) if w else None for p, w in zip(part, whole)]
     return Measure(float(sum(part)/max(sum(whole), 1)), each, np.stack([part, whole], 1), "ratio")
 
-# %% ../../nbs/personalize/02_retention.ipynb #5ee320be
+# %% ../../nbs/personalize/02_retention.ipynb #c96566fa
 def own_surprise(
     captioner, # captioner or `Tuned`
     features, # encoded images
@@ -52,7 +52,7 @@ def own_surprise(
     if rows:
         total, n = captioner.log_prob(rows_of(features, rows), [captions[i] for i in rows], batch_size=batch_size)
         counts[rows] = np.stack([-total.double().numpy(), n.double().numpy()], 1)
-    if not np.isfinite(counts).all(): raise MetricError("the base's captions have no finite probability under this model", do="look for diverged training: a lower learning rate")
+    if not np.isfinite(counts).all(): raise MetricError("the base's captions have no finite probability under this model", do="lower the learning rate: training diverged")
     return _share(*counts.T)
 
 # %% ../../nbs/personalize/02_retention.ipynb #440e0a64
@@ -211,3 +211,45 @@ def kept(
     found = shares(before, after)
     if not found: raise MetricError("there is nothing that could be kept", where=", ".join(before) or "no measures", do="look at the base's own values")
     return float(_figure(found, cap))
+
+# %% ../../nbs/personalize/02_retention.ipynb #1bf84b1e
+def _draws(k, m, w):
+    "Values and shares of captions that name an object, under image weights"
+    some = np.array([v is not None for v in m.per_image], float)
+    return pooled(m, w), (w @ some)/w.sum(-1) if k == "hallucination" else 1.
+
+def _kept_draws(before, after, weights):
+    "(draws,) figures"
+    found = {}
+    for k in counted(before):
+        w = weights[len(before[k].per_image)]
+        (v0, m0), (v1, m1) = _draws(k, before[k], w), _draws(k, after[k], w)
+        found[k] = kept_share(k, v0, v1, m0, m1)
+    return _figure(found)
+
+def _over_seeds(before, runs, weights, rng):
+    "(draws,) means over runs drawn with replacement"
+    values = np.stack([_kept_draws(before, r, weights) for r in runs], -1)
+    picks = rng.multinomial(len(runs), np.full(len(runs), 1/len(runs)), size=len(values))
+    return (values*picks).sum(-1)/len(runs)
+
+# %% ../../nbs/personalize/02_retention.ipynb #b3b386a7
+def kept_interval(
+    before:dict, # name -> `Measure` of the base
+    runs:list, # the same of the tuned models, one for each training seed
+    other:list=None, # of another method; then the interval is that of the difference, other - runs
+    draws:int=1000, # of images and seeds
+    level:float=.95, # share of the draws inside
+    seed:int=0, # of the draws
+)->Interval:
+    "Bootstrap interval of `kept`, over images and training seeds."
+    sides = [runs] if other is None else [runs, other]
+    for r in [r for side in sides for r in side]:
+        bad = [k for k in shares(before, r) if len(r[k].per_image) != len(before[k].per_image)]
+        if bad: raise MetricError("base and tuned model were measured on different images", where=bad[0])
+    rng = np.random.default_rng([seed, 1])
+    weights = {n: np.random.default_rng([seed, n]).multinomial(n, np.full(n, 1/n), size=draws).astype(float) for n in {len(m.per_image) for m in before.values()}}
+    point, drawn = [np.mean([kept(before, r) for r in side]) for side in sides], [_over_seeds(before, side, weights, rng) for side in sides]
+    value, d = (point[0], drawn[0]) if other is None else (point[1] - point[0], drawn[1] - drawn[0])
+    low, high = np.percentile(d, [50 - 50*level, 50 + 50*level])
+    return Interval(float(value), float(low), float(high))

@@ -5,5 +5,6 @@ lazy(__name__,
      config="TrainConfig",
      loop="train stop_training Interrupted",
      objective="caption_loss",
+     callback="CaptionEval",
      classical_peers="run_peer",
      clip_tiny_probes="score_dual")

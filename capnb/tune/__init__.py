@@ -1,6 +1,10 @@
-"""Tuning methods: zero-shot, prompt tuning, LoRA, full."""
+"""Tuning methods: zero-shot, prompts, prefixes, adapters, LoRA and its kin, full; remedies against forgetting; the way back by alpha."""
 from capnb._lazy import lazy
 
 lazy(__name__,
      methods="METHODS attach Tuned",
-     adapters="load_adapter")
+     adapters="load_adapter",
+     prompt_sweep="PROMPTS PromptSweep",
+     remedies="REMEDIES apply_remedies split_method Rehearsal",
+     alpha="alpha_sweep AlphaCurve",
+     names="label")

@@ -14,7 +14,7 @@ from ..core.errors import ConfigError
 from ..models.captioner import Captioner
 from .methods import Tuned, put
 
-# %% ../../nbs/tune/04_bottleneck.ipynb #ba512fa9
+# %% ../../nbs/tune/04_bottleneck.ipynb #615c1ca6
 ACTS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu, "silu": nn.functional.silu}
 
 class Block(nn.Module):
@@ -36,7 +36,11 @@ class Block(nn.Module):
         z = ACTS[self.act](h.to(self.down.dtype) @ self.down.T)  # (…, r)
         return (self.alpha * (z @ self.up.T)).to(h.dtype)
 
-    def after(self, layer, args, out):
+    def after(self,
+        layer: nn.Module,  # of the decoder
+        args: tuple,  # what it was called with
+        out,  # (B, T, d), or a tuple that begins with it
+    ):
         "A forward hook: the layer's output with ours added. At alpha 0 nothing is touched."
         if self.alpha == 0: return out
         if isinstance(out, torch.Tensor): return out + self(out)

@@ -148,7 +148,10 @@ class VirtualTokens(nn.Module):
         n: int|None,  # number of rows; None: as many as the text has tokens
     ):
         super().__init__()
-        self.specials, self.instruction, self.where, self.n, self.alpha = specials, instruction, place, n, 1.0
+        self.specials, self.instruction, self.stand, self.n, self.alpha = specials, instruction, place, n, 1.0
+
+    @property
+    def where(self): return self.stand if self.alpha else "nowhere"
 
     def place(self,
         ids: list,  # token ids of a prompt
@@ -157,6 +160,7 @@ class VirtualTokens(nn.Module):
         "Lay a prompt out anew."
         text = [i for i, t in enumerate(ids) if t not in self.specials]
         keep, n = list(range(len(ids))), len(text) if self.n is None else self.n
+        if self.where == "nowhere": return keep, [-1] * len(ids)
         if self.where == "start": return [text[k % len(text)] if text else 0 for k in range(n)] + keep, list(range(n)) + [-1] * len(ids)  # never copies of an image token
         if not text: raise ConfigError("this prompt has no words that learned vectors could replace", where=repr(instruction), do="ask with an instruction, or use place='start' with n=...")
         if self.where == "before":
@@ -217,7 +221,7 @@ class Prompt(Tuned):
     def scale(self,
         alpha: float,  # 0: the base, 1: as trained
     ):
-        "Rows between their start (0) and what was learned (1)."
+        "Rows between their start and what was learned (1); at 0 there are none, and the base is asked in words."
         self.alpha = self.captioner.virtual.alpha = float(alpha); return self
 
     def _save(self, folder):
