@@ -34,7 +34,7 @@ def job(out, method):
     tuned = attach(toy(), method)
     done = train(tuned, examples(12), caption_loss, TrainConfig(steps=5, batch_size=6, lr=.05, optimizer="sgd", seed=3))
     if os.environ.get("RANK", "0") == "0":
-        torch.save({"weights": tuned.train_state(), "losses": [h["loss"] for h in done.history], "processes": int(os.environ.get("WORLD_SIZE", 1))}, out)
+        torch.save({"weights": tuned.train_state(), "losses": [h["loss"] for h in done.history], "processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1}, out)
 
 
 if __name__ == "__main__":
@@ -48,9 +48,9 @@ def test_accelerate_launch_with_two_processes(tmp_path):
     "`accelerate launch` on two CPU processes gives LoRA the weights that one process gives it."
     def launch(n):
         out = tmp_path / f"{n}.pt"
-        cmd = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", str(n), "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--main_process_port", "0", __file__, str(out), "lora"]
-        r = subprocess.run(cmd, env=dict(python_env(ROOT), OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300)
+        cmd = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", str(n), "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--main_process_port", "0", __file__, str(out), "lora"]  # with --cpu accelerate starts one process, whatever the number
+        r = subprocess.run(cmd, env=dict(python_env(ROOT), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True, timeout=300)
         assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-4000:]
         return torch.load(out)
     two = launch(2)
@@ -93,8 +93,7 @@ def test_formula_against_what_is_there(method, dtype):
         now, want, size, tuned, n = parts(method, shape, dtype, optimizer=optimizer)
         learned = trained_values(size, method, **({"n": n} if n else {})) * (dtype.itemsize if method == "full" else 4)
         assert sum(p.numel() * p.element_size() for p in tuned.parameters()) == learned
-        assert now["parts"]["weights"] - (8 * 0) >= want["weights"] and now["parts"]["weights"] - want["weights"] <= (learned if method == "prompt" else 0)  # the start of the rows is kept
-        for k in ("learned", "gradients"): assert now["parts"][k] == learned
+        assert now["parts"]["weights"] == want["weights"] and now["parts"]["learned"] == now["parts"]["gradients"] == learned
         assert now["parts"]["optimizer"] == {"sgd": 0, "momentum": 1, "adamw": 2}[optimizer] * learned
         ratio = now["parts"]["activations"] / want["activations"]
         assert .75 < ratio < 1.25, (method, shape, ratio)
@@ -154,7 +153,7 @@ def test_the_command_goes_on(setting, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(real_size, "append_line", old)
     files = real_size.main(setting("broken"))
     assert numbers(files) == whole
-    monkeypatch.setattr(real_size, "one_run", None)
+    monkeypatch.setattr(real_size, "_one_run", None)
     assert real_size.main(setting("broken")) == files
     trained = [read_json(f) for f in files if "lora" in f.name]
     assert {r["run_info"]["train_config"]["seed"] for r in trained} == {0, 1} and all(r["run_info"]["train_config"]["max_steps"] == 6 for r in trained)  # 6 pairs, 2 epochs

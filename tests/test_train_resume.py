@@ -102,7 +102,8 @@ def job(spec):
     config = TrainConfig(**spec["config"])
     done = train(model, data, objective, config, validate if config.eval_every else None)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
-    answer = {"digest": digest, "history": done.history, "ended": done.ended, "resumed": done.resumed, "best": done.best}
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    answer = {"processes": processes, "digest": digest, "history": done.history, "ended": done.ended, "resumed": done.resumed, "best": done.best}
     if os.environ.get("RANK", "0") == "0":
         if spec.get("weights"): torch.save(model.state_dict(), spec["weights"])
         Path(spec["answer"]).write_text(json.dumps(answer))
@@ -277,9 +278,9 @@ def test_full_disk_names_the_folder(tmp_path):
 
 def launch(processes, spec):
     "Run the job by accelerate's launcher."
-    cmd = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes", str(processes),
-           "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", __file__, json.dumps(spec)]
-    return subprocess.run(cmd, env=ENV, capture_output=True, text=True, timeout=120)
+    cmd = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", str(processes),
+           "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", __file__, json.dumps(spec)]  # with --cpu accelerate would start one process, whatever the number
+    return subprocess.run(cmd, env=dict(ENV, CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True, timeout=120)
 
 
 def test_two_processes_equal_one(server, tmp_path):
@@ -292,6 +293,7 @@ def test_two_processes_equal_one(server, tmp_path):
     two = json.loads((tmp_path / "answer.json").read_text())
     status, one, log = server(tmp_path, config=dict(config, out=None), dropout=0.0, weights=str(tmp_path / "one.pt"))
     assert status == 0, log
+    assert (one["processes"], two["processes"]) == (1, 2)
     a, b = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
     assert all(abs(x["loss"] - y["loss"]) < 1e-5 for x, y in zip(one["history"], two["history"])) and len(one["history"]) == len(two["history"]) == 15

@@ -104,7 +104,7 @@ def trained_values(
     return dict(zero_shot=0, prompt=n*s.d, prefix=2*n*s.L*s.kv, lora=lora, dora=lora + s.L*(s.d + s.kv), adapter=2*r*s.L*s.d,
                 full=s.language + s.projector)[method]
 
-# %% ../../nbs/personalize/29_real_cost.ipynb #fb95db9f
+# %% ../../nbs/personalize/29_real_cost.ipynb #a0978902
 def layer_bytes(
     size:Size, # of the model
     method:str, # a name in `SETTINGS`
@@ -132,7 +132,7 @@ def expected_memory(
     T = s.see + prompt + caption
     t = trained_values(s, method)*(b if method == "full" else 4)
     a, scores = layer_bytes(s, method, b), 10*batch*caption*s.V
-    keep = s.L*b*s.d + a if checkpointing else s.L*a
+    keep = s.L*b*s.d + a if checkpointing else s.L*a - (method == "adapter")*layer_bytes(s, "prompt", b)
     acts = batch*T*(keep + 4*s.d) + scores
     if method == "zero_shot": acts = batch*T*2*s.L*s.kv*b # keys and values of all tokens
     out = dict(weights=s.N*b, learned=t, gradients=t, optimizer={"sgd": 0, "momentum": 1, "adamw": 2}[optimizer]*t, activations=acts)

@@ -6,7 +6,7 @@
 __all__ = ['accelerator', 'to_device', 'Run', 'Interrupted', 'stop_training', 'Trained', 'train']
 
 # %% ../../nbs/train/04_loop.ipynb #d39f2073
-import json, math, shutil, signal, sys, threading, time
+import json, math, os, shutil, signal, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,9 @@ def accelerator(
     "The `Accelerator` of a run; several runs in one Python process may differ in precision"
     AcceleratorState._reset_state()
     a = Accelerator(mixed_precision=precision)
+    if a.num_processes < int(os.environ.get('WORLD_SIZE', 1)):  # without a GPU accelerate would let each process train for itself
+        AcceleratorState._reset_state(True)
+        a = Accelerator(mixed_precision=precision, cpu=True)
     kind = a.distributed_type.name
     if kind != 'NO' and not kind.startswith('MULTI_'):
         raise ConfigError(f'Training under {kind} is not supported', do='accelerate launch --multi_gpu, or one process')
