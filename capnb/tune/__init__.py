@@ -7,4 +7,7 @@ lazy(__name__,
      prompt_sweep="PROMPTS PromptSweep",
      remedies="REMEDIES apply_remedies split_method list_remedies",
      alpha="alpha_sweep AlphaCurve front hypervolume",
+     kinds="RsLora Dora Ia3 Bias PromptTuning Qlora",
+     prefix="Prefix",
+     bottleneck="Bottleneck",
      names="label")
