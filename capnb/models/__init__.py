@@ -22,4 +22,5 @@ lazy(__name__,
      visualgpt="build_visualgpt srau",
      mapper="Mapper",
      smol="SmolCaptioner load_smol",
-     pipclip="load_pipclip")
+     pipclip="load_pipclip",
+     siblings="load_sibling sibling_card SIBLINGS")

@@ -8,4 +8,5 @@ lazy(__name__,
      callback="CaptionEval",
      mixing="Rehearsal hold_back CaptionLoss",
      classical_peers="run_peer",
-     clip_tiny_probes="score_dual")
+     clip_tiny_probes="score_dual",
+     sibling_recipe="score_sibling make_sibling")
