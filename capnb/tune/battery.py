@@ -7,7 +7,7 @@ __all__ = ['CHECKS', 'CASES', 'strong', 'Trial', 'acts', 'forced', 'written', 'o
            'saved', 'merged', 'half_precision', 'checkpointing', 'leaves', 'battery', 'faults', 'some_pairs',
            'method_matrix', 'matrix_table']
 
-# %% ../../nbs/tune/20_battery.ipynb #40d41158
+# %% ../../nbs/tune/20_battery.ipynb #d7029993
 import copy, tempfile
 from itertools import cycle
 import torch
@@ -16,7 +16,7 @@ from ..models.captioner import Captioner, fingerprint
 from ..models.families import ASKED, SENTENCES, TIERS, tiny_family
 from ..models.points import find_points
 from .adapters import load_adapter
-from .methods import METHODS, Full, Tuned, attach, decoder_name, part_of
+from .methods import METHODS, Full, Tuned, attach, decoder_name, no_future, part_of
 
 # %% ../../nbs/tune/20_battery.ipynb #c6e7df8d
 def strong(
@@ -175,7 +175,7 @@ def merged(
     with torch.no_grad(): near = torch.allclose(trial.logits(bare), before, rtol=1e-5, atol=1e-5)
     return near and bare.tuned_by is None
 
-# %% ../../nbs/tune/20_battery.ipynb #917838bb
+# %% ../../nbs/tune/20_battery.ipynb #02ef007e
 def half_precision(
     trial: Trial,  # see above
 ):
@@ -189,7 +189,7 @@ def half_precision(
 def _checkpointed(tuned, trial):
     "Gradients with checkpointing, and how often the last attention ran."
     runs, model = [], tuned.model
-    model.gradient_checkpointing_enable()
+    with no_future(): model.gradient_checkpointing_enable()
     hook = find_points(tuned)["keys_values"][-1].register_forward_pre_hook(lambda *a: runs.append(1))
     try: return grads(tuned, trial), len(runs)
     finally: hook.remove()
