@@ -1,6 +1,7 @@
 """Every tuning method through one battery on the families: a method that is listed but does nothing, or that touches what it should
 not, fails here. Each method meets LLaVA and one more family; CAPNB_ALL=1 runs every pair. What is stored for the docs must be what holds."""
 import copy, os
+from contextlib import contextmanager
 import pytest
 import torch
 from PIL import Image
@@ -195,3 +196,17 @@ def test_writing_other_than_the_forward_says_is_found():
     write = trial.tuned.captioner._write
     trial.tuned.captioner._write = lambda batch, n, beams=1: [ids[::-1] for ids in write(batch, n, beams)]
     assert str(CHECKS["written"](trial)).startswith("wrote")
+
+
+def test_an_off_that_leaves_a_mark_is_found():
+    trial = Trial(base("llava"), "prefix", {"n": 2}, PHOTOS)
+    assert CHECKS["off"](trial) is True
+    kind = type(trial.tuned)
+    off = kind.off
+    @contextmanager
+    def sloppy(self):
+        with off(self): yield self
+        with torch.no_grad(): next(self.parameters()).mul_(.5)
+    kind.off = sloppy
+    try: assert CHECKS["off"](trial) is False
+    finally: kind.off = off
