@@ -26,7 +26,7 @@ def facts(
     return {"wrong": Measure(float(counts[:, 0].sum()/max(counts[:, 1].sum(), 1)), each, counts, "ratio"),
             "detail": found["recall"], "words": mean_measure([len(c.split()) for c in captions])}
 
-# %% ../../nbs/personalize/12_detail.ipynb #bf70607d
+# %% ../../nbs/personalize/12_detail.ipynb #c95aa67a
 def ways(
     captioner,  # a captioner or `Tuned`
     verifier,  # a calibrated `Verifier` that deletes
@@ -35,7 +35,7 @@ def ways(
     prompt: str|None = None,  # instruction
     strengths: tuple = (.5, 1., 2.),  # a of contrastive decoding
     against: tuple = ("blur", "blank"),  # spoiled images
-    both: tuple = (("blur", .5),),  # what is also verified
+    both: tuple = (("blank", 1.),),  # what is also verified
     **kw,  # max_new_tokens, b: for `contrastive_caption`
 ) -> dict:  # name of the way -> captions
     "Captions of the same images in every way."

@@ -121,7 +121,7 @@ class Verifier:
         rows = margins(images, [d.text for d, _ in docs], found, self.score, self.coarser)
         return [(*d, [(c, *m) for c, m in zip(cs, row)]) for d, cs, row in zip(docs, found, rows)]
 
-# %% ../../nbs/personalize/11_verify.ipynb #50f41d6b
+# %% ../../nbs/personalize/11_verify.ipynb #90a1155c
 def _calibrate(self,
     images,  # images or records
     captions,  # a list of true captions for each image
@@ -138,6 +138,7 @@ def _calibrate(self,
 
 Verifier.calibrate = _calibrate
 
+# %% ../../nbs/personalize/11_verify.ipynb #0328faca
 def _strip(text, bare): return re.sub(r"^an? ", "", text) if bare else text
 
 def _correct(self, doc, c, best):
@@ -150,7 +151,7 @@ def _verify(self,
     images,  # images or records
     captions: list,  # one for each
 ) -> list:  # `Verified`, one for each
-    "Correct captions. Margins are taken in the caption as it was; each edit works on the caption as it then is."
+    "Correct captions; each edit works on the caption as the one before left it."
     images, texts = pictures(images), list(captions)
     if len(images) != len(texts): raise DataError(f"{len(texts)} captions were given for {len(images)} images", expected="one for each image")
     some = [i for i, t in enumerate(texts) if t.strip()]
