@@ -10,4 +10,5 @@ lazy(__name__,
      kinds="RsLora Dora Ia3 Bias PromptTuning Qlora",
      prefix="Prefix",
      bottleneck="Bottleneck",
+     battery="battery CASES method_matrix matrix_table",
      names="label")
