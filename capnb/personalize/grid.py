@@ -7,7 +7,7 @@ __all__ = ['TINY', 'METRICS_OF_TARGET', 'ALPHAS', 'Setting', 'Task', 'scenes_tas
            'config_of', 'trained', 'run_trial', 'choose_rate', 'target_measures', 'run_full', 'missing',
            'expected_cost', 'run_grid']
 
-# %% ../../nbs/personalize/03_grid.ipynb #406b96d1
+# %% ../../nbs/personalize/03_grid.ipynb #2eae7409
 import dataclasses, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..metrics.scores import Scores, score_captions
 from ..metrics.style_match import style_distance
 from ..models.captioner import FeatureCache
 from .protocol import ADAMW, SGD, lr_trials
-from .retention import Retention
+from .retention import Retention, kept
 from ..train.loop import train
 from ..train.objective import caption_loss
 from ..tune.alpha import alpha_sweep
@@ -182,7 +182,7 @@ def _begin(bench, setting, tuned, log, kind):
     out['personalize'] = dict(kind=kind, setting=dataclasses.asdict(setting))
     return out
 
-# %% ../../nbs/personalize/03_grid.ipynb #e2fc2198
+# %% ../../nbs/personalize/03_grid.ipynb #970aa399
 def run_trial(
     bench:Bench, # what runs share
     setting:Setting # which run
@@ -198,11 +198,18 @@ def run_trial(
     finally: tuned.detach()
     return _finish(bench, out, log, start)
 
+def _summary(bench, mine):
+    "What the last entry of `metrics` holds, for tables of runs"
+    after = Scores.from_json({**mine['kept'], 'settings': {}}).measures
+    raw = {k: m.value for k,m in after.items() if k.endswith('CIDEr-D') or k == 'own surprise'}
+    return {'test CIDEr-D': mine['target']['corpus']['CIDEr-D'], **raw, 'kept': kept(bench.retention.before, after)}
+
 def _finish(bench, out, log, start):
     "Store a finished result"
     h = log['history']
-    thin = [dict(step=x['step'], **{'train loss': x['loss']}) for x in h[::max(1, len(h)//25)] if 'loss' in x]
-    out['train_info'].update(status='success', metrics=thin or [dict(step=0)])
+    thin = [dict(step=x['step'], **{'train loss': x['loss']}) for x in h[::max(1, len(h)//25)] if 'loss' in x] or [dict(step=0)]
+    out['train_info'].update(status='success', metrics=thin)
+    if 'kept' in out['personalize']: thin[-1].update(step=h[-1]['step'] if h else 0, **_summary(bench, out['personalize']))
     out['run_info']['total_time'] = time.monotonic() - start
     save_result(bench.folder, plain(out))
     return plain(out)
