@@ -10,6 +10,8 @@ lazy(__name__,
      exchange="read_method_comparison to_method_comparison write_method_comparison",
      pareto="pareto pareto_page",
      contrastive="contrastive_caption",
+     verify="Verifier DualScore",
+     raters="caption_rating_page rating_results",
      wordings="under_wordings",
      real_cost="expected_memory expected_seconds",
      real_size="evaluate_sets measure_methods")
