@@ -38,7 +38,7 @@ from ..tune.names import label, runnable
 from ..tune.remedies import apply_remedies, split_method
 
 # %% ../../nbs/study/06_run.ipynb #d9cb42c9
-RATES = dict(prompt=.1, prompt_tuning=.1, prefix=.1, lora=3e-3, rslora=3e-3, dora=3e-3, qlora=3e-3, ia3=3e-2, bias=3e-2, adapter=3e-3, full=1e-3)
+RATES = dict(prompt=.1, prompt_tuning=.03, prefix=.3, lora=3e-3, rslora=1e-3, dora=1e-2, qlora=3e-3, ia3=.1, bias=.1, adapter=1e-2, full=1e-3)
 _EVERY = dict(r=16, alpha=32, targets=['q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj'])
 SETTINGS = {m:_EVERY for m in ('lora','rslora','dora','qlora')}
 
