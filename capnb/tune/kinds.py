@@ -122,7 +122,7 @@ class Qlora(Lora):
     def _attach(self, quant, double, **config):
         bnb, root = four_bits(self.captioner.device), language_decoder(self.captioner.model)
         ready = any(isinstance(m, bnb.nn.Linear4bit) for m in root.modules())
-        self.__dict__["bare"] = {} if ready else {n: m for n, m in root.named_modules() if type(m) is nn.Linear}  # name -> module of the base
+        self.__dict__["bare"] = {} if ready else {n: m for n, m in root.named_modules() if type(m) is nn.Linear and m is not self.captioner.head}  # name -> module of the base
         if not ready and not self.bare: raise ConfigError("this decoder has no linear layers that could be rounded", where=type(root).__name__, do="use method='lora'")
         try:
             self._put({n: rounded(bnb, m, quant, double) for n, m in self.bare.items()})
