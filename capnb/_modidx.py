@@ -1746,6 +1746,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'capnb.personalize.grid._fit': ('personalize/grid.html#_fit', 'capnb/personalize/grid.py'),
                                         'capnb.personalize.grid._safely': ('personalize/grid.html#_safely', 'capnb/personalize/grid.py'),
                                         'capnb.personalize.grid._stored': ('personalize/grid.html#_stored', 'capnb/personalize/grid.py'),
+                                        'capnb.personalize.grid._summary': ('personalize/grid.html#_summary', 'capnb/personalize/grid.py'),
                                         'capnb.personalize.grid._sweep': ('personalize/grid.html#_sweep', 'capnb/personalize/grid.py'),
                                         'capnb.personalize.grid.choose_rate': ( 'personalize/grid.html#choose_rate',
                                                                                 'capnb/personalize/grid.py'),
