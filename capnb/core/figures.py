@@ -90,8 +90,8 @@ class Png(bytes):
 
 def figure_png(
     fig, # matplotlib figure
-    dpi:int=72, # dots an inch
-    colours:int=24 # at most
+    dpi:int=60, # dots an inch
+    colours:int=16 # at most
 )->Png: # small, the same bytes for the same data
     "A figure as a small picture for a notebook"
     from PIL import Image

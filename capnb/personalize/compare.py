@@ -83,7 +83,7 @@ def over_seeds(
     half = _T[min(len(x) - 2, len(_T) - 1)]*x.std(ddof=1)/math.sqrt(len(x))
     return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
-# %% ../../nbs/personalize/06_compare.ipynb #874d9f05
+# %% ../../nbs/personalize/06_compare.ipynb #922c2ad8
 def _short(d): return None if d is None else [round(float(v), 3) for v in (d.value, d.low, d.high)]
 
 SHOWN = ('CIDEr-D','BLEU-4','ROUGE-L','length ratio','precision','recall','hallucination','style distance') # of the target
@@ -95,15 +95,14 @@ def grid_row(
     "Gain, loss, budget and cost of one method"
     runs,before = grid.runs[key],stored_measures(base_of(grid), 'kept')
     first,names = runs[0],[n for n in SHOWN if n in stored_measures(runs[0], 'target')]
-    plain_key = (key[0].split('+')[0], key[1])
     row = dict(method=key[0], label=label(key[0]), optimizer=key[1], lr=first['personalize']['setting']['lr'], seeds=len(runs),
-        tried={f'{lr:g}': round(v, 4) for lr,v in sorted(grid.trials.get(plain_key, {}).items())}, parameters=first['train_info']['num_trainable_params'],
+        tried={f'{lr:g}': round(v, 4) for lr,v in sorted(grid.trials.get(key, {}).items())}, parameters=first['train_info']['num_trainable_params'],
         file_size=first['train_info']['file_size'], seconds=round(float(np.mean([r['train_info']['train_time'] for r in runs])), 1),
         target={n: [round(stored_measures(r, 'target')[n].value, 3) for r in runs] for n in names},
-        gained={n: _short(difference(grid, key, n, 'target')) for n in names},
+        gained={n: _short(difference(grid, key, n, 'target')) for n in names[:1]},
         kept=_short(kept_interval(before, [stored_measures(r, 'kept') for r in runs])),
-        loss=[[m['step'], round(m['train loss'], 3)] for m in first['train_info']['metrics'][::3] if 'train loss' in m],
-        raw={n: _short(difference(grid, key, n, 'kept')) for n in before}, values={n: [round(stored_measures(r, 'kept')[n].value, 3) for r in runs] for n in before})
+        loss=[[m['step'], round(m['train loss'], 2)] for m in first['train_info']['metrics'][::3] if 'train loss' in m and '+' not in key[0]],
+        raw={n: _short(difference(grid, key, n, 'kept')) for n in before}, values={n: [round(stored_measures(r, 'kept')[n].value, 3) for r in runs] for n in before if n.endswith(' CIDEr-D')})
     if all('alpha' in r['personalize'] for r in runs): row['budget'] = _budget(grid, key)
     return row
 
