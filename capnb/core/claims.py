@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from .errors import ConfigError, DataError
 from .files import plain, read_json, write_json
+from .markup import signed_interval
 
 # %% ../../nbs/core/14_claims.ipynb #c0accc32
 VERDICTS = ('holds', 'does not', 'not testable here')
@@ -63,8 +64,7 @@ def claims_table(
     digits:int=2 # after the point
 )->str: # Markdown
     "Claims as a table"
-    f = lambda x: f'{x:+.{digits}f}'.replace('-', '−')
-    number = lambda c: '–' if c['value'] is None else f"{f(c['value'])} [{f(c['low'])}, {f(c['high'])}]" + (f", {c['seeds']} seeds" if c['seeds'] else '')
+    number = lambda c: signed_interval(c['value'] is not None and (c['value'], c['low'], c['high']) or None, digits) + (f", {c['seeds']} seeds" if c['seeds'] and c['value'] is not None else '')
     cell = lambda s: str(s).replace('|', '\\|')
     rows = [[c['claim'], c['where'], c['test'] + (f". {c['note']}" if c['note'] else ''), number(c), f"**{c['verdict']}**"] for c in claims]
     return '\n'.join('| ' + ' | '.join(map(cell, r)) + ' |' for r in [['claim', 'where', 'our test', 'number', 'verdict'], ['---']*5, *rows])

@@ -2,7 +2,7 @@
 from capnb._lazy import lazy
 
 lazy(__name__,
-     protocol="KNOWN UNKNOWN CLAIMS LR_TRIALS SGD ADAMW",
+     protocol="KNOWN UNKNOWN LR_TRIALS SGD ADAMW",
      probes="make_probes answer_probes probes_from_instances",
      retention="Retention kept kept_interval",
      grid="Bench Setting Task run_grid run_full scenes_task style_task",

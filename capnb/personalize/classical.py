@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATES', 'new_classical', 'run_classical']
 
-# %% ../../nbs/personalize/07_classical.ipynb #b00cb326
+# %% ../../nbs/personalize/07_classical.ipynb #eb0fc3c8
 import time
 import torch
 from ..core.files import read_json
@@ -13,7 +13,7 @@ from ..core.results import result_path
 from ..models.captioner import Template
 from ..models.features import caption_tokenizer
 from ..models.transformer import build_transformer
-from .grid import Bench, Setting, _begin, _finish, _stored, config_of, score_set, target_measures
+from .grid import Bench, Setting, begin_result, config_of, finish_result, packed_measures, score_set, target_measures
 from ..train.loop import train
 from ..train.objective import caption_loss
 
@@ -55,7 +55,7 @@ def _taught(bench, lr, seed):
     net.counts = lambda: dict(trainable=n, total=n)
     return net, setting, dict(history=[dict(step=h['step'], loss=h['loss']) for h in done.history], seconds=time.monotonic() - start)
 
-# %% ../../nbs/personalize/07_classical.ipynb #6eda36e3
+# %% ../../nbs/personalize/07_classical.ipynb #9971c7b5
 def run_classical(
     bench:Bench, # what runs share
     lr:float, # learning rate
@@ -68,7 +68,7 @@ def run_classical(
     if path.exists(): return read_json(path)
     start = time.monotonic()
     net,setting,log = _taught(bench, lr, seed)
-    out = _begin(bench, setting, net, log, kind)
+    out = begin_result(bench, setting, net, log, kind)
     if kind == 'trial': out['personalize']['val'] = score_set(bench, net, 'val').corpus['CIDEr-D']
-    else: out['personalize'].update(target_measures(bench, net), kept=_stored(bench.retention.measure(net)))
-    return _finish(bench, out, log, start)
+    else: out['personalize'].update(target_measures(bench, net), kept=packed_measures(bench.retention.measure(net)))
+    return finish_result(bench, out, log, start)

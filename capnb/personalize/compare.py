@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'Grid', 'read_grid', 'stored_measures', 'base_of', 'difference', 'over_seeds', 'grid_row', 'condense_grid',
-           'signed', 'comparison_table']
+           'comparison_table']
 
-# %% ../../nbs/personalize/06_compare.ipynb #70d9fa71
+# %% ../../nbs/personalize/06_compare.ipynb #b25cd78a
 import math
 from typing import NamedTuple
 import numpy as np
 from ..core.errors import DataError
 from ..core.results import environment, load_results
 from ..core.files import plain
+from ..core.markup import signed_interval
 from ..metrics.scores import Scores
 from ..metrics.significance import Interval, holm, permutation_test, two_level
 from .retention import kept_interval
@@ -142,16 +143,7 @@ def condense_grid(
     return plain(dict(rows=rows, config=first['run_info']['train_config'], meta_info=dict(first['meta_info'], pytorch_info=None), runs=sum(map(len, grid.runs.values())),
                       trials=sum(map(len, grid.trials.values())), broken=grid.broken))
 
-# %% ../../nbs/personalize/06_compare.ipynb #96a56b4c
-def signed(
-    d, # [value, low, high], a limit may be None; or None
-    digits:int=2 # after the point
-)->str: # "+0.50 [+0.41, +0.62]"
-    "A difference with its interval"
-    if d is None: return '–'
-    f = lambda x: f'{x:+.{digits}f}'.replace('-', '−')
-    return f(d[0]) + (f' [{f(d[1])}, {f(d[2])}]' if d[1] is not None else '')
-
+# %% ../../nbs/personalize/06_compare.ipynb #244691d9
 def comparison_table(
     small:dict, # from `condense_grid`
     raw=('source CIDEr-D','near CIDEr-D','out CIDEr-D','short answers') # measures shown as differences
@@ -160,7 +152,7 @@ def comparison_table(
     several = len({r['optimizer'] for r in small['rows'] if r['lr']}) > 1
     head = ['method', 'trained weights', 'target CIDEr-D', 'gained', 'kept (1: all)', *raw]
     rows = [[r['label'] + (f" ({dict(adamw='AdamW', sgd='SGD')[r['optimizer']]})" if several and r['lr'] else ''), f"{r['parameters']:,}", f"{np.mean(r['target']['CIDEr-D']):.2f}",
-             signed(r['gained']['CIDEr-D']) if r['lr'] or r['method'] != 'zero_shot' else '–', f"{r['kept'][0]:.2f}" + (f" [{r['kept'][1]:.2f}, {r['kept'][2]:.2f}]" if r['method'] != 'zero_shot' else ''),
-             *[signed(r['raw'].get(n)) if r['method'] != 'zero_shot' else '–' for n in raw]] for r in small['rows']]
+             signed_interval(r['gained']['CIDEr-D']) if r['lr'] or r['method'] != 'zero_shot' else '–', f"{r['kept'][0]:.2f}" + (f" [{r['kept'][1]:.2f}, {r['kept'][2]:.2f}]" if r['method'] != 'zero_shot' else ''),
+             *[signed_interval(r['raw'].get(n)) if r['method'] != 'zero_shot' else '–' for n in raw]] for r in small['rows']]
     line = lambda cells: '| ' + ' | '.join(cells) + ' |'
     return '\n'.join([line(head), line(['---']*len(head)), *map(line, rows)])

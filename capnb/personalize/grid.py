@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TINY', 'METRICS_OF_TARGET', 'ALPHAS', 'Setting', 'Task', 'scenes_task', 'style_task', 'Bench', 'score_set',
-           'config_of', 'trained', 'run_trial', 'choose_rate', 'target_measures', 'run_full', 'missing',
-           'expected_cost', 'run_grid']
+           'config_of', 'trained', 'packed_measures', 'begin_result', 'run_trial', 'finish_result', 'choose_rate',
+           'target_measures', 'run_full', 'missing', 'expected_cost', 'run_grid']
 
-# %% ../../nbs/personalize/03_grid.ipynb #2eae7409
+# %% ../../nbs/personalize/03_grid.ipynb #14fe12d1
 import dataclasses, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from .retention import Retention, kept
 from ..train.loop import train
 from ..train.objective import caption_loss
 from ..tune.alpha import alpha_sweep
-from ..tune.methods import attach
+from ..tune.methods import EVERY, attach
 from ..tune.remedies import apply_remedies, split_method
 
 # %% ../../nbs/personalize/03_grid.ipynb #54f15510
@@ -62,9 +62,8 @@ class Task:
     settings:dict=field(default_factory=dict) # method -> its settings, for `attach`
     retention:dict=None # domain -> `Record`s that must not be forgotten; None: those of Scenes
 
-# %% ../../nbs/personalize/03_grid.ipynb #93edb361
-_EVERY = ['q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj']
-TINY = {m: dict(r=16, alpha=32, targets=_EVERY) for m in ('lora','rslora','dora','qlora')} | dict(prefix=dict(n=10), prompt_tuning=dict(n=10))
+# %% ../../nbs/personalize/03_grid.ipynb #56e9cdda
+TINY = {m: dict(r=16, alpha=32, targets=EVERY) for m in ('lora','rslora','dora','qlora')} | dict(prefix=dict(n=10), prompt_tuning=dict(n=10))
 
 def scenes_task(
     n_train:int=400, # images, five captions each: with four epochs and batches of 32, 250 steps
@@ -167,10 +166,20 @@ def trained(
         return tuned, read_json(home/'history.json')
     except BaseException: tuned.detach(); raise # the next run needs an untouched base
 
-# %% ../../nbs/personalize/03_grid.ipynb #8856f25b
-def _stored(measures): return {k: v for k,v in Scores([], measures, {}).to_json().items() if k != 'settings'}
+# %% ../../nbs/personalize/03_grid.ipynb #706fb9bd
+def packed_measures(
+    measures:dict # name -> `Measure`
+)->dict: # as `Scores` are stored, without ids and settings
+    "Measures as a result file holds them"
+    return {k: v for k,v in Scores([], measures, {}).to_json().items() if k != 'settings'}
 
-def _begin(bench, setting, tuned, log, kind):
+def begin_result(
+    bench:Bench, # what runs share
+    setting:Setting, # which run
+    tuned, # `Tuned`, or a network with `method`, `config` and `counts()`
+    log:dict, # history and seconds of the training
+    kind:str # trial or run
+)->dict: # to be filled with what is measured
     "An empty result with what training was"
     c,t = bench.captioner,bench.task
     config = dict(model_id=c.name, dtype=str(c.dtype).split('.')[-1], task=t.name, seed=setting.seed, lr=setting.lr, optimizer_type=setting.optimizer if setting.lr else None,
@@ -182,7 +191,7 @@ def _begin(bench, setting, tuned, log, kind):
     out['personalize'] = dict(kind=kind, setting=dataclasses.asdict(setting))
     return out
 
-# %% ../../nbs/personalize/03_grid.ipynb #970aa399
+# %% ../../nbs/personalize/03_grid.ipynb #535a52cd
 def run_trial(
     bench:Bench, # what runs share
     setting:Setting # which run
@@ -193,10 +202,10 @@ def run_trial(
     start = time.monotonic()
     tuned,log = trained(bench, setting)
     try:
-        out = _begin(bench, setting, tuned, log, 'trial')
+        out = begin_result(bench, setting, tuned, log, 'trial')
         out['personalize']['val'] = score_set(bench, tuned, 'val').corpus['CIDEr-D']
     finally: tuned.detach()
-    return _finish(bench, out, log, start)
+    return finish_result(bench, out, log, start)
 
 def _summary(bench, mine):
     "What the last entry of `metrics` holds, for tables of runs"
@@ -204,7 +213,12 @@ def _summary(bench, mine):
     raw = {k: m.value for k,m in after.items() if k.endswith('CIDEr-D') or k == 'own surprise'}
     return {'test CIDEr-D': mine['target']['corpus']['CIDEr-D'], **raw, 'kept': kept(bench.retention.before, after)}
 
-def _finish(bench, out, log, start):
+def finish_result(
+    bench:Bench, # what runs share
+    out:dict, # from `begin_result`, filled
+    log:dict, # history of the training
+    start:float # `time.monotonic()` at the beginning of the run
+)->dict: # as it was stored
     "Store a finished result"
     h = log['history']
     thin = [dict(step=x['step'], **{'train loss': x['loss']}) for x in h[::max(1, len(h)//25)] if 'loss' in x] or [dict(step=0)]
@@ -229,7 +243,7 @@ def choose_rate(
     tried = {lr: run_trial(bench, Setting(plain_method, optimizer, lr))['personalize']['val'] for lr in rates}
     return max(tried, key=tried.get), tried
 
-# %% ../../nbs/personalize/03_grid.ipynb #c17a5b44
+# %% ../../nbs/personalize/03_grid.ipynb #6513e662
 METRICS_OF_TARGET = ('cider_d','bleu','rouge_l','style','scenes')
 ALPHAS = (0., .25, .5, .75, 1.)
 
@@ -242,7 +256,7 @@ def target_measures(
     said = tuned.caption(inputs, max_new_tokens=bench.task.max_new_tokens)
     found = dict(score_set(bench, tuned, 'test', METRICS_OF_TARGET, said).measures)
     found['style distance'] = Measure(style_distance(said, [list(r.captions) for r in records], draws=1).value, None, None, None)
-    return dict(target=_stored(found), said=said)
+    return dict(target=packed_measures(found), said=said)
 
 def run_full(
     bench:Bench, # what runs share
@@ -256,13 +270,13 @@ def run_full(
     start = time.monotonic()
     tuned,log = trained(bench, setting)
     try:
-        out = _begin(bench, setting, tuned, log, 'run')
+        out = begin_result(bench, setting, tuned, log, 'run')
         mine = out['personalize']
-        mine.update(target_measures(bench, tuned), kept=_stored(bench.retention.measure(tuned)))
+        mine.update(target_measures(bench, tuned), kept=packed_measures(bench.retention.measure(tuned)))
         if setting.lr is not None: mine['alpha'] = _sweep(bench, tuned, alphas, lose)
-        else: mine['source'] = _stored(score_set(bench, tuned, 'source_test').measures)
+        else: mine['source'] = packed_measures(score_set(bench, tuned, 'source_test').measures)
     finally: tuned.detach()
-    return _finish(bench, out, log, start)
+    return finish_result(bench, out, log, start)
 
 def _sweep(bench, tuned, alphas, lose):
     "Curve on the validation sets; target and source at the chosen alpha"
@@ -270,7 +284,7 @@ def _sweep(bench, tuned, alphas, lose):
     curve = alpha_sweep(tuned, look, alphas)
     best = curve.pick(gain='target', keep='source', lose=lose)
     tuned.scale(best)
-    try: return dict(curve=curve.to_json(), lose=lose, picked=best, **{k: _stored(score_set(bench, tuned, n).measures) for k,n in dict(target='test', source='source_test').items()})
+    try: return dict(curve=curve.to_json(), lose=lose, picked=best, **{k: packed_measures(score_set(bench, tuned, n).measures) for k,n in dict(target='test', source='source_test').items()})
     finally: tuned.scale(1.)
 
 # %% ../../nbs/personalize/03_grid.ipynb #9235f53d

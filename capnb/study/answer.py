@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEADS', 'CONTROLS', 'Difference', 'difference', 'mean_measure', 'surprise', 'perplexity_ratio', 'Study', 'read_study',
-           'made_up_study', 'measures', 'metrics_of', 'summarise', 'signed', 'interval', 'join_words', 'question',
-           'gained_words', 'kept_words', 'gap_words', 'data_words', 'state_words', 'answer']
+           'made_up_study', 'measures', 'metrics_of', 'summarise', 'interval', 'join_words', 'question', 'gained_words',
+           'kept_words', 'gap_words', 'data_words', 'state_words', 'answer']
 
 # %% ../../nbs/study/02_answer.ipynb #02c6e55a
 import math, warnings
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from ..core.errors import DataError
 from ..core.files import read_json
+from ..core.markup import signed
 from ..core.results import load_results
 from ..metrics.inputs import Measure
 from ..metrics.scores import Scores
@@ -239,16 +240,6 @@ def _own(runs, base):
     own = [r['study'].get('own') for r in [*runs, *base[:1]]]
     if not base or not all(own) or len({len(o['log_prob']) for o in own})>1: return None
     return perplexity_ratio([surprise(**o) for o in own[:-1]], surprise(**own[-1]))
-
-# %% ../../nbs/study/02_answer.ipynb #c9b7515f
-def signed(
-    x:float, # number
-    digits:int=2 # after the point
-)->str: # with its sign; a true minus
-    "`x` with its sign, for sentences and tables"
-    if x is None or math.isnan(x): return '–'
-    text = f'{abs(x):.{digits}f}'
-    return text if float(text)==0 else ('+' if x>0 else '\u2212')+text
 
 # %% ../../nbs/study/02_answer.ipynb #821b3d09
 def interval(

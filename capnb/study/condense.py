@@ -8,6 +8,7 @@ __all__ = ['condense', 'results_table']
 # %% ../../nbs/study/08_condense.ipynb #a863b692
 import dataclasses
 from ..core.files import plain
+from ..core.markup import signed_interval
 from .answer import read_study, summarise
 
 # %% ../../nbs/study/08_condense.ipynb #8da9eb4f
@@ -33,10 +34,7 @@ def condense(
         meta_info={k: first["meta_info"][k] for k in ("package_info", "system_info") if k in first["meta_info"]}))
 
 # %% ../../nbs/study/08_condense.ipynb #34f44772
-def _signed(d, digits=2):
-    if d is None: return "–"
-    f = lambda x: f"{x:+.{digits}f}".replace("-", "−")
-    return f"{f(d['value'])} [{f(d['low'])}, {f(d['high'])}]"
+def _signed(d): return signed_interval(d and (d["value"], d["low"], d["high"]))
 
 def results_table(
     small:dict, # from `condense`

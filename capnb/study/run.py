@@ -33,14 +33,13 @@ from ..text.words import words
 from ..train.config import TrainConfig, model_print
 from ..train.loop import train
 from ..train.objective import caption_loss
-from ..tune.methods import METHODS, attach
+from ..tune.methods import EVERY, METHODS, attach
 from ..tune.names import label, runnable
 from ..tune.remedies import apply_remedies, split_method
 
 # %% ../../nbs/study/06_run.ipynb #d9cb42c9
 RATES = dict(prompt=.1, prompt_tuning=.03, prefix=.3, lora=3e-3, rslora=1e-3, dora=1e-2, qlora=3e-3, ia3=.1, bias=.1, adapter=1e-2, full=1e-3)
-_EVERY = dict(r=16, alpha=32, targets=['q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj'])
-SETTINGS = {m:_EVERY for m in ('lora','rslora','dora','qlora')}
+SETTINGS = {m:dict(r=16, alpha=32, targets=EVERY) for m in ('lora','rslora','dora','qlora')}
 
 def rate(
     plan:Plan, # with `learning_rates`
