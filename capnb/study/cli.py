@@ -104,7 +104,7 @@ def study_command(
     p.add_argument('--prompt', metavar='TEXT', help="instruction given to the captioner (default: to describe the image in one sentence; '' for its own)")
     p.add_argument('--metrics', nargs='+', metavar='M', help='metrics (default: all that can run here)')
     p.add_argument('--lr', action='append', default=[], metavar='METHOD=RATE', help='learning rate of a method; may be repeated')
-    p.add_argument('--source', metavar='SPEC', help='data that the base knows, for methods with rehearsal such as lora+rehearse5 (default: the source domain of Scenes)')
+    p.add_argument('--source', metavar='SPEC', help='data that the base knows: what of it is kept, and rehearsal as in lora+rehearse5 (default: the domains of Scenes)')
     p.add_argument('--skip-bad', action='store_true', help='leave out and count bad records instead of stopping at the first')
     return study
 

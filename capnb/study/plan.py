@@ -60,7 +60,7 @@ class Plan:
     learning_rates:dict=field(default_factory=dict) # method -> learning rate, where it differs from the usual
     settings:dict=field(default_factory=dict) # method -> settings of the method, e.g. {'lora': {'r': 16}}
     metrics:tuple=None # names of metrics; None: those of `score_captions`
-    source:str=None # data that the base knows, for rehearsal; None: the source domain of Scenes
+    source:str=None # data that the base knows, to see what is kept and for rehearsal; None: the domains of Scenes
     prompt:str='Describe the image in one sentence.' # instruction, for zero-shot and tuned alike: references are short; '' for the captioner's own
     max_new_tokens:int=40 # longest caption in tokens
     folds:int=None # folds for data that come without a test split

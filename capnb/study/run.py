@@ -26,7 +26,7 @@ from .answer import mean_measure, read_study
 from .controls import best_constant, shuffles_within
 from .plan import SCHEMA, Plan, Run, describe, duration, fingerprint, parse_methods, planned_runs
 from .report import write_report
-from .sets import sample_rows, stamp, store_samples, study_sets
+from .sets import sample_rows, source_parts, stamp, store_samples, study_sets
 from ..text.nearest import bm25, tuple_overlap
 from ..text.parse import parse
 from ..text.words import words
@@ -73,9 +73,7 @@ def source_pairs(
     plan:Plan # with `source`, or none
 ): # `Pairs`
     "Pairs of what the base knows, for rehearsal: as many images as are trained on, at most"
-    if plan.source is None: return Pairs(Scenes('source', plan.train_images, split='rehearsal'), 'source')
-    data = load_data(plan.source)
-    return Pairs(data.split(dict(some=min(plan.train_images, len(data))))['some'], 'source')
+    return Pairs(source_parts(plan)[0], 'source')
 
 # %% ../../nbs/study/06_run.ipynb #10a5cd18
 def _trained(tuned, run, pairs, plan, folder):
