@@ -51,9 +51,10 @@ def rows(
     runs: list,  # of each training seed: way -> captions; a single one if nothing is random
     scenes: list,  # the truth of the images
     base: str = "plain",  # the way that others are compared with
+    measure=facts,  # captions, truth -> `Measure`s wrong, detail, words
 ) -> dict:  # way -> {measure: {value, low, high, change, change_low, change_high, p, holm}}
     "Every way with intervals, and tests against the plain one."
-    M = {w: [facts(r[w], scenes) for r in runs] for w in runs[0]}  # way -> measures of each seed
+    M = {w: [measure(r[w], scenes) for r in runs] for w in runs[0]}  # way -> measures of each seed
     out = {}
     for w, ms in M.items():
         out[w] = {}

@@ -126,7 +126,7 @@ def score_set(
     known = all(t and 'scene' in t for t in truth)
     return score_captions(said, [list(r.captions) for r in records], [m for m in metrics if known or m != 'scenes'], truth=truth if known else None)
 
-# %% ../../nbs/personalize/03_grid.ipynb #c837cde9
+# %% ../../nbs/personalize/03_grid.ipynb #0e2d22f1
 def config_of(
     bench:Bench, # task and folder
     setting:Setting # method, optimiser, rate, seed
@@ -144,7 +144,8 @@ def _fit(bench, tuned, setting, remedies, home):
         records,_ = bench.sets['val']
         history = [dict(tuned.fit(records, [list(r.captions) for r in records]), step=0)]
     else:
-        data,objective,config,validate = apply_remedies(remedies, tuned, bench.task.train, caption_loss, config_of(bench, setting), source=bench.task.source)
+        tuned.prepare(bench.task.train)
+        data,objective,config,validate = apply_remedies(remedies, tuned, bench.task.train, tuned.objective or caption_loss, config_of(bench, setting), source=bench.task.source)
         history = [dict(step=h['step'], loss=h['loss']) for h in train(tuned, data, objective, config, validate if config.eval_every else None).history]
     tuned.save(home/'adapter')
     return write_json(home/'history.json', plain(dict(history=history, seconds=time.monotonic() - start)))

@@ -20,7 +20,7 @@ SIZES = {
     'full':  dict(methods=('zero_shot','prompt','lora','full'), seeds=3, train_images=1500, test_images=150, steps=250, batch_size=32, folds=5, samples=8),
     'quick': dict(methods=('zero_shot','lora'), seeds=1, train_images=300, test_images=50, steps=60, batch_size=32, folds=5, samples=6)}
 HEAVY = { # bases too large for these sizes on two CPU cores: what is usual for them instead, and learning rates
-    'smol': dict(methods=('zero_shot','lora'), seeds=1, train_images=300, test_images=50, steps=30, batch_size=16, folds=5, learning_rates=dict(lora=5e-4, full=2e-5, prompt=.02))}
+    'smol': dict(methods=('zero_shot','lora'), seeds=1, train_images=300, test_images=50, steps=30, batch_size=16, folds=5, learning_rates=dict(prompt=.02, prefix=.03, lora=2e-3, adapter=5e-3, full=1e-4))}
 DOMAINS = ('target','source','near','out')
 
 # %% ../../nbs/study/00_plan.ipynb #8390f133

@@ -14,7 +14,6 @@ import torch
 from ..core.errors import CapnbError, ConfigError, did_you_mean
 from ..core.files import append_line, plain, read_json, read_lines, write_json
 from ..core.results import new_result, save_result
-from ..data.load import load_data
 from ..data.pairs import Pairs
 from ..data.scene_oracle import read_caption
 from ..data.scenes import Scenes
@@ -84,7 +83,8 @@ def _trained(tuned, run, pairs, plan, folder):
     else:
         remedies = split_method(run.method)[1]
         source = source_pairs(plan) if any(r.startswith('rehearse') or r=='distil' for r in remedies) else None
-        data,objective,config,validate = apply_remedies(remedies, tuned, pairs, caption_loss, train_config(plan, run, len(pairs), folder/'train'), source)
+        tuned.prepare(pairs)
+        data,objective,config,validate = apply_remedies(remedies, tuned, pairs, tuned.objective or caption_loss, train_config(plan, run, len(pairs), folder/'train'), source)
         steps = train(tuned, data, objective, config, validate if config.eval_every else None).history
     tuned.save(saved)
     write_json(history, [dict(step=h['step'], loss=h['loss']) for h in steps])

@@ -21,7 +21,7 @@ from ..models.generic import language_decoder
 # %% ../../nbs/tune/00_methods.ipynb #d0e62460
 class Tuned(nn.Module):
     "A captioner with a tuning method attached."
-    method, defaults = "", {}
+    method, defaults, objective = "", {}, None  # an objective of its own in place of the caption loss
 
     def __init__(self,
         captioner: Captioner,  # the base
@@ -51,6 +51,12 @@ class Tuned(nn.Module):
             return getattr(self.captioner, name)
 
     def forward(self, batch): return self.captioner(batch)
+
+    def prepare(self,
+        examples,  # what will be trained on
+    ) -> dict:  # what was done
+        "Look at the training data before the first step; most methods do not."
+        return {}
 
 # %% ../../nbs/tune/00_methods.ipynb #ee88226e
 @method_of(Tuned)
