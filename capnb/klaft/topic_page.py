@@ -12,10 +12,11 @@ from ..core.markup import Html, bullets, card, details, esc, figure, grid, image
 from ..core.page import Page
 from ..text.words import words
 
-# %% ../../nbs/klaft/17_topic_page.ipynb #3ccd9279
+# %% ../../nbs/klaft/17_topic_page.ipynb #ab74eb68
 def _share(p, where):
     "Share of the topics, and the likeliest one (None if unknown), of a row or a number"
-    try: row = [float(v) for v in p] if hasattr(p, "__iter__") or getattr(p, "ndim", 0) else float(p)
+    row = p.tolist() if hasattr(p, "tolist") else p  # tensors and arrays
+    try: row = [float(v) for v in row] if hasattr(row, "__iter__") else float(row)
     except (TypeError, ValueError): row = math.nan
     ok = lambda v: -1e-6 <= v <= 1 + 1e-6  # False for NaN
     if isinstance(row, float): share, topic, good = row, None, ok(row)
