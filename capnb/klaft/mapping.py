@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMS', 'feature_vectors', 'MappingLayer', 'RegionFeatures', 'region_features']
 
-# %% ../../nbs/klaft/03_mapping.ipynb #e052e01f
-import math, os
+# %% ../../nbs/klaft/03_mapping.ipynb #1a87bee8
+import math, os, zipfile, zlib
 from collections.abc import Mapping
 from pathlib import Path
 import numpy as np
@@ -85,7 +85,8 @@ class MappingLayer(nn.Module):
             if k: return H_I[:, :k]
         return H_I if mask is None else H_I.masked_fill(~mask[..., None], 0)
 
-# %% ../../nbs/klaft/03_mapping.ipynb #5e66b2b1
+# %% ../../nbs/klaft/03_mapping.ipynb #8fab8e1e
+_TORN = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)  # what readers raise on a broken file
 _VECTORS, _IDS, _NUMBERS = ("features", "feat", "x"), ("image_id", "image_ids", "ids"), ("num_boxes", "num_regions")
 _text = lambda name: name.decode() if isinstance(name, bytes) else str(name)
 
@@ -124,7 +125,7 @@ class RegionFeatures(Mapping):
                 store = {n: z[n] for n in z.files} if "features" in z.files else z
             elif kind in (".h5", ".hdf5"): store = require("h5py").File(p, "r")
             else: raise DataError(f"features are not read from {kind or 'a file without ending'}", where=p, expected="a folder, .npz, .h5 or .hdf5")
-        except (OSError, ValueError, EOFError) as e: raise DataError(f"this file cannot be read: {e}", where=p, do="copy it again") from e
+        except _TORN as e: raise DataError(f"this file cannot be read: {e}", where=p, do="copy it again") from e
         self._store, self._pid = store, os.getpid()
         return store
 
@@ -146,7 +147,7 @@ class RegionFeatures(Mapping):
                 if count: a = a[:int(store[count][at])]
             else: a = _array(np.load(store[at], allow_pickle=False) if self.path.is_dir() else store[at], where)
             x = torch.from_numpy(np.array(a, dtype=np.float32))
-        except (OSError, ValueError, TypeError) as e: raise DataError(f"these features cannot be read: {e}", where=where, expected="an array of numbers") from e
+        except _TORN as e: raise DataError(f"these features cannot be read: {e}", where=where, expected="an array of numbers") from e
         x = x[None] if x.ndim == 1 else x.flatten(0, -2) if x.ndim else x
         if x.ndim != 2 or not x.numel(): raise DataError(f"these are not feature vectors: {tuple(x.shape)}", where=where, expected="(n, d), at least one")
         if not x.isfinite().all(): raise DataError("the features hold NaN or infinity", where=where, expected="finite numbers", do="compute this image again")
