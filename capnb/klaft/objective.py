@@ -70,7 +70,7 @@ def same_image(
     v = next(batch[k] for k in ("features", "pixel_values") if k in batch).flatten(1)  # (B, n d_pf)
     return [next(j for j in range(i + 1) if torch.equal(v[j], v[i])) for i in range(len(v))]
 
-# %% ../../nbs/klaft/10_objective.ipynb #2d2c7a5c
+# %% ../../nbs/klaft/10_objective.ipynb #602f7933
 def klaft_objective(
     captioner=None,  # to be trained; complains early if a part cannot be computed for it
     weights: Weights = Weights(),  # of Eq. 9; 0: without this part
@@ -92,7 +92,7 @@ def klaft_objective(
             with torch.no_grad(): dropped = at(model.lifted(batch, drop=drop)[1])
             parts["ttm"] = ttm_loss(h, topics.g, topics.log_prior(dropped).exp(), topics.omega, read["ttm"])
         if weights.mrm: parts["mrm"] = model.mrm(batch, mask, read["mrm"])
-        if weights.itm: parts["itm"] = itm_loss(*model.image_and_text(batch), same_image(batch), form, epsilon, reading=read["itm"])
+        if weights.itm and (both := model.image_and_text(batch)) is not None: parts["itm"] = itm_loss(*both, same_image(batch), form, epsilon, reading=read["itm"])
         loss, log = total_loss(parts, weights)
         return loss, {**log, "weight": len(h)}
     if captioner is not None and weights.mrm and captioner.I_pf == 1: weights = replace(weights, mrm=0.)  # Eq. 7: only for I_pf > 1
