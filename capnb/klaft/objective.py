@@ -62,12 +62,14 @@ class Drawn:
             z = z.masked_fill((p.cumsum(-1) - p >= self.top_p).gather(-1, at.argsort(-1)), -torch.inf)
         return z - torch.empty(z.shape).exponential_(generator=self.chance).log().to(z.device)
 
-# %% ../../nbs/klaft/10_objective.ipynb #0391f7f8
+# %% ../../nbs/klaft/10_objective.ipynb #7065e328
 def same_image(
-    batch: dict,  # with features or pixel_values
+    batch: dict,  # with features or pixel_values of each row, or with "images": names
 ) -> list:  # one number for each row
-    "Which image each row shows: the number of the first row with these features."
-    v = next(batch[k] for k in ("features", "pixel_values") if k in batch).flatten(1)  # (B, n d_pf)
+    "Which image each row shows: the number of the first row that shows it."
+    if "images" in batch: return [batch["images"].index(k) for k in batch["images"]]
+    v = next((batch[k] for k in ("features", "pixel_values") if k in batch), torch.zeros(0))
+    if len(v) != len(batch["labels"]): raise ConfigError("ITM cannot tell which rows of a batch show the same image", expected="features of each row, or names of the images under 'images'", do="make the batch with the collate of the tuned captioner, or Weights(itm=0)")
     return [next(j for j in range(i + 1) if torch.equal(v[j], v[i])) for i in range(len(v))]
 
 # %% ../../nbs/klaft/10_objective.ipynb #602f7933
