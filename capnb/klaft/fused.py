@@ -12,25 +12,24 @@ from torch.nn.functional import linear
 from ..core.errors import DataError
 from .mixture import Z_MIN, scaled, wide
 
-# %% ../../nbs/klaft/01_fused.ipynb #94fa2658
+# %% ../../nbs/klaft/01_fused.ipynb #e64977c9
 def _far(b, t, omega, rows, z): return (1 - omega)*b[rows] + omega*t[z]                # (N, V) logits of one topic
 
 def normalisers(
     b:torch.Tensor, # (T, V) logits of the base
     t:torch.Tensor, # (K, V) logits of the topics
-    omega, # lift weight: a number or a 0-d tensor
+    omega:float, # lift weight
     shared:tuple=None, # n, F = `scaled(t, omega)`, if it is there already
 )->torch.Tensor: # L (T, K+1)
     "Log-normalisers of all components"
-    (n, F), (m, E) = shared or scaled(t, omega), scaled(b, 1 - omega)
+    (n, F), (m, E, R) = shared or scaled(t, omega), scaled(b, 1 - omega, omega)
     Z = E @ F.T
-    L0 = m + torch.sub(b, m, out=E).exp_().sum(-1, keepdim=True).log()
-    L = torch.cat([L0, Z.log() + (1 - omega)*m + omega*n.T], 1)
+    L = torch.cat([m + torch.linalg.vecdot(E, R)[:, None].log(), Z.log() + (1 - omega)*m + omega*n.T], 1)
     rows = (~(Z >= Z_MIN)).any(-1).nonzero()[:, 0]
     for z in range(len(t) if len(rows) else 0): L[rows, z+1] = _far(b, t, omega, rows, z).logsumexp(-1)
     return L
 
-# %% ../../nbs/klaft/01_fused.ipynb #26407474
+# %% ../../nbs/klaft/01_fused.ipynb #d7fca968
 def _loss(b, t, log_prior, omega, target, shared):
     "Loss (T,), posterior q (T, K+1) and L (T, K+1)"
     L, x = normalisers(b, t, omega, shared), target.clamp(min=0)
@@ -39,74 +38,66 @@ def _loss(b, t, log_prior, omega, target, shared):
     total = l.logsumexp(-1, keepdim=True)
     return -total[:, 0]*(target >= 0), (l - total).exp(), L
 
-def _lifted(weight, L, b, t, omega, shared):
-    "Sums of the topics' probabilities weighed by (T, K): over topics (T, V) and over positions (K, V), F taken out of the first part"
-    (m, E), (n, F) = scaled(b, 1 - omega), shared
+def _grads(wq, L, b, t, omega, target, shared, learned):
+    "Gradients to b (T, V) and, F taken out of the first part, to the topics' logits; and what b adds to that of omega"
+    (n, F), (m, E, R), x, lift = shared, scaled(b, 1 - omega, omega), target.clamp(min=0)[:, None], wq[:, 1:]
     A = (1 - omega)*m + omega*n.T - L[:, 1:]                                           # -log Z
     rows = (~(A <= -math.log(Z_MIN))).any(-1).nonzero()[:, 0]
-    A = weight*A.exp()
+    A = lift*A.exp()
     if len(rows): A[rows] = 0
-    over_rows, far = A.T @ E, torch.zeros_like(t) if len(rows) else None
-    over_topics = (A @ F).mul_(E)
+    g_t, far = A.T @ E, torch.zeros_like(t).index_add_(1, x[:, 0], -lift.T)            # (K, V)
+    g_omega = (lift.sum(1)*b.gather(1, x)[:, 0]).sum() - (A*((b*E) @ F.T)).sum() if learned else 0
+    g_b = R.mul_(wq[:, :1]*(m - L[:, :1]).exp()).addmm_(A, F, alpha=1 - omega).mul_(E)  # (T, V)
     for z in range(len(t) if len(rows) else 0):
-        p = weight[rows, z:z+1]*(_far(b, t, omega, rows, z) - L[rows, z+1:z+2]).exp()
-        over_topics[rows] += p
-        far[z] = p.sum(0)
-    return over_topics, over_rows, far
-
-# %% ../../nbs/klaft/01_fused.ipynb #d5fec01d
-def _grads(wq, L, b, t, omega, target, shared, need):
-    "Gradients to b (T, V; if `need`) and, in two parts, to the topics' logits; and what b adds to that of omega"
-    x, lift = target.clamp(min=0)[:, None], wq[:, 1:]
-    g_b, g_t, far = _lifted(lift, L, b, t, omega, shared)
-    g_b.scatter_add_(1, x, -lift.sum(1, keepdim=True))
-    g_omega = -torch.linalg.vecdot(g_b, b).sum()
-    far = (torch.zeros_like(t) if far is None else far).index_add_(1, x[:, 0], -lift.T)
-    if need: g_b = g_b.mul_(1 - omega).add_((b - L[:, :1]).exp_().mul_(wq[:, :1])).scatter_add_(1, x, -wq[:, :1])
+        p = lift[rows, z:z+1]*(_far(b, t, omega, rows, z) - L[rows, z+1:z+2]).exp()
+        g_b[rows] += (1 - omega)*p
+        far[z] += p.sum(0)
+        g_omega -= (p*b[rows]).sum()
+    g_b.scatter_add_(1, x, -wq[:, :1] - (1 - omega)*lift.sum(1, keepdim=True))
     return g_b, g_t, far, g_omega
 
-# %% ../../nbs/klaft/01_fused.ipynb #dc7d51bc
+# %% ../../nbs/klaft/01_fused.ipynb #fc85743f
 class _NLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, W, c, g, log_prior, omega, target, chunk):
         kind = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else W.dtype
-        ctx.kind, ctx.chunk = kind, chunk
+        ctx.kind, ctx.chunk, ctx.omega = kind, chunk, float(omega)
         with torch.autocast(h.device.type, enabled=False):
             h_, g_, W_, c_ = [None if x is None else x.to(kind) for x in (h, g, W, c)]
             first = wide(linear(torch.cat([h_[:chunk], g_]), W_, c_))                  # one product for positions and topics
             b, t = first.split([len(first) - len(g), len(g)])
-            shared, parts = scaled(t, omega), []
+            shared, parts = scaled(t, ctx.omega), []
             for s in range(0, max(len(h), 1), chunk):
                 i = slice(s, s + chunk)
                 if s: b = wide(linear(h_[i], W_, c_))
-                parts.append(_loss(b, t, log_prior[i], omega, target[i], shared))
+                parts.append(_loss(b, t, log_prior[i], ctx.omega, target[i], shared))
         loss, q, L = map(torch.cat, zip(*parts))
-        ctx.save_for_backward(h, W, c, g, omega, target, q, L, first if len(h) <= chunk else t.clone())
+        ctx.save_for_backward(h, W, c, g, target, q, L, first if len(h) <= chunk else t.clone(), *shared)
         return loss
 
-# %% ../../nbs/klaft/01_fused.ipynb #968eb3d4
+# %% ../../nbs/klaft/01_fused.ipynb #26ac6ce2
 def _backward(ctx, w):
-    h, W, c, g, omega, target, q, L, kept = ctx.saved_tensors
+    h, W, c, g, target, q, L, kept, *shared = ctx.saved_tensors
     need_h, need_W, need_c = ctx.needs_input_grad[:3]
     with torch.autocast(h.device.type, enabled=False):
         h_, g_, W_, c_ = [None if x is None else x.to(ctx.kind) for x in (h, g, W, c)]
         b, t = kept.split([len(kept) - len(g), len(g)])
         wq = (w*(target >= 0))[:, None]*q                                              # (T, K+1)
-        shared, far, g_t, g_omega = scaled(t, omega), torch.zeros_like(t), torch.zeros_like(t), torch.zeros_like(omega)
+        far, g_t, g_omega = torch.zeros_like(t), torch.zeros_like(t), t.new_zeros(())
         g_h, g_c = torch.empty_like(h) if need_h else None, torch.zeros(len(W)).to(t) if need_c else None
         g_W = torch.zeros(W.shape).to(t) if need_W else None
         for s in range(0, len(h), ctx.chunk):
             i = slice(s, s + ctx.chunk)
             if len(h) > ctx.chunk: b = wide(linear(h_[i], W_, c_))
-            d, *more = _grads(wq[i], L[i], b, t, omega, target[i], shared, need_h or need_W or need_c)
+            d, *more = _grads(wq[i], L[i], b, t, ctx.omega, target[i], shared, ctx.needs_input_grad[5])
             for total, x in zip((g_t, far, g_omega), more): total += x
             if need_c: g_c += d.sum(0)
             d = d.to(ctx.kind)
             if need_h: g_h[i] = d @ W_
             if need_W: g_W += d.T @ h_[i]
         g_t = g_t.mul_(shared[1]).add_(far)
-        g_omega += (g_t*t).sum()
-        low = g_t.mul_(omega).to(ctx.kind)
+        if ctx.needs_input_grad[5]: g_omega += (g_t*t).sum()
+        low = g_t.mul_(ctx.omega).to(ctx.kind)
         if need_W: g_W += low.T @ g_
         if need_c: g_c += g_t.sum(0)
         cast = lambda x, like: None if x is None else x.to(like.dtype)
