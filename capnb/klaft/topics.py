@@ -80,7 +80,7 @@ def log_prior(self,
         a = torch.tensor(float(self.alpha))
         return torch.cat([(1 - a + a*log_pi[..., :1].exp()).log(), a.log() + log_pi[..., 1:]], -1)
 
-# %% ../../nbs/klaft/02_topics.ipynb #69bde6a0
+# %% ../../nbs/klaft/02_topics.ipynb #b660fb10
 def _version(p): return None if p is None else (p.data_ptr(), p._version, p.device, p.dtype)
 
 @method_of(TopicControl)
@@ -89,20 +89,26 @@ def _like(self, head):
     return w.dtype if torch.is_tensor(w) and w.is_floating_point() else self.g.dtype
 
 @method_of(TopicControl)
-def _kept(self, head):
-    "Topic logits and their factor F; kept while there is no gradient and no weight changes"
-    make = lambda: head(self.g.to(self._like(head)))
-    if torch.is_grad_enabled() or not isinstance(head, nn.Linear): return make(), None
-    key = *map(_version, (self.g, head.weight, head.bias, getattr(self, "omega_logit", None))), torch.is_autocast_enabled(self.g.device.type)
-    if self._cache is None or self._cache[0] != key: t = make(); self._cache = key, t, scaled(wide(t), float(self.omega))
-    return self._cache[1:]
+def _key(self, head):
+    "What the kept logits of the topics depend on; None where nothing is kept"
+    if torch.is_grad_enabled() or not isinstance(head, nn.Linear): return None
+    of = self.g, head.weight, head.bias, getattr(self, "omega_logit", None)
+    return *map(_version, of), torch.is_autocast_enabled(self.g.device.type)
+
+@method_of(TopicControl)
+def _keep(self, key, t):
+    self._cache = key, t, scaled(wide(t), float(self.omega))
+    return t
 
 @method_of(TopicControl)
 def topic_logits(self,
     head:nn.Module, # the output layer
 )->torch.Tensor: # (K, V) logits of the topics, the bias in them
     "LMH(g)"
-    return self._kept(head)[0]
+    key = self._key(head)
+    if key and self._cache and self._cache[0] == key: return self._cache[1]
+    t = head(self.g.to(self._like(head)))
+    return self._keep(key, t) if key else t
 
 @property
 def _silent(self):
@@ -115,17 +121,18 @@ def _tied(self, x):
     "x with a gradient of zero to all weights"
     return x + 0*sum(p.sum() for p in self.parameters() if p.requires_grad).to(x.dtype) if torch.is_grad_enabled() else x
 
-# %% ../../nbs/klaft/02_topics.ipynb #e2cde1c8
+# %% ../../nbs/klaft/02_topics.ipynb #222ce1d9
 @method_of(TopicControl)
 def base_and_topics(self,
     h:torch.Tensor, # (..., d)
     head:nn.Module, # the output layer
 )->tuple: # b (..., V), t (K, V)
-    "Logits of the base and of the topics; with a gradient by one product, since the weight is read once"
-    if not torch.is_grad_enabled(): return head(h), self.topic_logits(head)
+    "Logits of the base and of the topics, by one product if the topics' are not kept: the weight is read once"
+    key = self._key(head)
+    if key and self._cache and self._cache[0] == key: return head(h), self._cache[1]
     y = head(torch.cat([h.reshape(-1, h.shape[-1]), self.g.to(h.dtype)]))
     b, t = y.split([len(y) - self.num_topics, self.num_topics])
-    return b.reshape(*h.shape[:-1], -1), t
+    return b.reshape(*h.shape[:-1], -1), self._keep(key, t.clone()) if key else t
 
 @method_of(TopicControl)
 def hidden(self,
@@ -146,7 +153,7 @@ def log_probs(self,
     if self.transform != "addition": return naive_log_probs(h, head, prior, self.topics, self.omega, self.transform, self.softcap)
     b, t = self.base_and_topics(h, head)
     if self.softcap is not None: return streamed_log_probs(b, t, prior, self.omega, self.softcap)
-    return mixture_log_probs(b, t, prior, self.omega, None if torch.is_grad_enabled() else self._kept(head)[1])
+    return mixture_log_probs(b, t, prior, self.omega, self._cache[2] if self._key(head) else None)
 
 # %% ../../nbs/klaft/02_topics.ipynb #a25f4a01
 @method_of(TopicControl)
