@@ -467,7 +467,7 @@ MORE = dict(hidden=dict(mixture="hidden"), multiplication=dict(transform="multip
 
 @pytest.mark.parametrize("family_", TIERS)
 def test_battery(family_):
-    found = battery(base(family_), "tcm", dict(num_topics=4, omega=.6), PHOTOS)
+    found = battery(base(family_), "tcm", dict(num_topics=4, omega=.8), PHOTOS)
     assert list(found) == list(CHECKS) and not (faults(found).items() - ONCE), found
     assert {k for k, v in found.items() if v is not True} <= {"merged", "checkpointing"} and str(found["merged"]).startswith("refused")
 
@@ -475,19 +475,17 @@ def test_battery(family_):
 @pytest.mark.parametrize("case", MORE)
 @pytest.mark.parametrize("family_", ["llava", "blip"])
 def test_battery_of_other_settings(family_, case):
-    found = battery(base(family_), "tcm", {**dict(num_topics=4, omega=.6), **MORE[case]}, PHOTOS)
+    found = battery(base(family_), "tcm", {**dict(num_topics=4, omega=.8), **MORE[case]}, PHOTOS)
     assert list(found) == list(CHECKS) and not (faults(found).items() - ONCE), found
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-@pytest.mark.parametrize("family_", TIERS)
+@pytest.mark.parametrize("family_", [f for f in TIERS if f != "git"])  # GIT itself fails with a frozen base: it adds to its embeddings in place
 def test_checkpointing_gives_the_same_gradients(family_, mixture):
     got = []
     for on in (False, True):
         t = strong(attach(family(family_), "tcm", num_topics=3, omega=.5, mixture=mixture))
-        try:
-            if on: t.model.gradient_checkpointing_enable()
-        except ValueError: return  # the family has none
+        if on: t.model.gradient_checkpointing_enable()
         torch.manual_seed(0)
         t.train()(t.collate(rows())).loss.backward()
         got.append({n: p.grad for n, p in t.named_parameters() if p.grad is not None})

@@ -49,7 +49,7 @@ class TCMConfig(PeftConfig):
         keys = ("num_topics", "omega", "transform", "mixture", "learn_omega", "residual", "seed")
         with torch.device("cpu"): return TopicControl(d, **{k: getattr(self, k) for k in keys}, softcap=softcap)
 
-# %% ../../nbs/klaft/12_peft_tcm.ipynb #0ba232be
+# %% ../../nbs/klaft/12_peft_tcm.ipynb #8ff8e4dd
 def head_of(
     model: nn.Module,  # causal or image-text model
 ) -> tuple:  # (name of the output layer, the text model it belongs to)
@@ -72,7 +72,7 @@ def final_norm(
     inside, beside = {id(m) for m in root.modules()}, head.rpartition(".")[0] + "."
     norms = [(n, m) for n, m in model.named_modules() if not n.endswith(".base_layer") and "embed" not in n and "norm" in type(getattr(m, "base_layer", m)).__name__.lower()]
     after, within = [n for n, m in norms if id(m) not in inside and n.startswith(beside)], [n for n, m in norms if id(m) in inside]
-    if not after + within: raise ConfigError("this decoder has no norm", where=type(model).__name__, do="name the module before the output layer: TCMConfig(layer='…', mixture='hidden')")
+    if not after + within: raise ConfigError("this decoder has no norm", where=type(model).__name__, do="TCMConfig(layer='…', mixture='hidden')")
     return after[-1] if after else [n for n in within if n.count(".") == min(x.count(".") for x in within)][-1]
 
 # %% ../../nbs/klaft/12_peft_tcm.ipynb #c73bf801
@@ -94,7 +94,7 @@ def uncap(
     y = log_p - (log_p.amax(-1, keepdim=True) + log_p.amin(-1, keepdim=True))/2
     return s*torch.atanh((y/s).clamp(-1 + 1e-6, 1 - 1e-6))
 
-# %% ../../nbs/klaft/12_peft_tcm.ipynb #5fed0e02
+# %% ../../nbs/klaft/12_peft_tcm.ipynb #e26b8df1
 class TCMLayer(nn.Module, BaseTunerLayer):
     "An output layer or final norm with topics."
     adapter_layer_names = ("tcm_control",)
@@ -119,10 +119,12 @@ class TCMLayer(nn.Module, BaseTunerLayer):
         c = None if self.disable_adapters else self.control
         if c is None or not c.alpha: return self.base_layer(x, *args, **kw)
         if c.mixture == "hidden": return c.hidden(self.base_layer(x, *args, **kw))
-        log_p = c.log_probs(x, self.base_layer)                            # (…, V)
+        head, wide = self.base_layer, x
+        if c.transform == "affine" and x.dtype != c.g.dtype: head, wide = lambda v: self.base_layer(v.to(x.dtype)), x.to(c.g.dtype)  # its matrices are fp32
+        log_p = c.log_probs(wide, head)                                    # (…, V)
         return uncap(log_p, c.softcap) if c.softcap else log_p
 
-# %% ../../nbs/klaft/12_peft_tcm.ipynb #a571e014
+# %% ../../nbs/klaft/12_peft_tcm.ipynb #63a6eb54
 @method_of(TCMLayer)
 def update_layer(self,
     name: str,  # of the adapter
@@ -135,11 +137,14 @@ def update_layer(self,
     if not any(p.is_meta for p in control.parameters()): control.to(self.weight.device)
 
 @method_of(TCMLayer)
-def set_adapter(self, adapter_names, inference_mode=False):
+def set_adapter(self,
+    names: str|list,  # of adapters; those that are not here do not count
+    inference_mode: bool = False,  # frozen
+):
     "Make one adapter act."
-    mine = [n for n in ([adapter_names] if isinstance(adapter_names, str) else adapter_names) if n in self.tcm_control]
+    mine = [n for n in ([names] if isinstance(names, str) else names) if n in self.tcm_control]
     if len(mine) > 1: raise ConfigError("only one topic control can act at a time", where=", ".join(mine), do="set_adapter with one name")
-    BaseTunerLayer.set_adapter(self, adapter_names, inference_mode)
+    BaseTunerLayer.set_adapter(self, names, inference_mode)
 
 @method_of(TCMLayer)
 def merge(self, *args, **kw):
