@@ -156,6 +156,7 @@ def test_too_long_is_said_also_in_the_middle_of_generation():
     with pytest.raises(ConfigError, match="7 positions is too long.*length=6"): m(torch.randn(2, 1, 8), 3, None, cache)
     for gate in ("token", "feature"): ModifiedAttention(8, heads=2, length=6, gate=gate)(torch.randn(2, 50, 8), 3)
     with pytest.raises(ConfigError, match="all visual tokens in the first call"): m(torch.randn(2, 1, 8), 3, None, {})
+    with pytest.raises(ConfigError, match="visual tokens after the first call"): m(torch.randn(2, 1, 8), torch.ones(2, 1), None, cache)
 
 
 def test_beams_reorder_the_cache():

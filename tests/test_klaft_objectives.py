@@ -30,6 +30,15 @@ def test_ttm_is_the_slow_sum(shape, K, d, omega):
     assert torch.equal(ttm_loss(h, g, q, torch.tensor(omega)), ttm_loss(h, g, q, omega))
 
 
+def test_our_gradients_stop_where_they_should():
+    "Neither the states of TTM nor the target of MRM learn from our reading; both do literally."
+    for r in ("ours", "literal"):
+        h, v = draw(1, 5, 4).requires_grad_(), draw(2, 2, 3, 4).requires_grad_()
+        a = torch.autograd.grad(ttm_loss(h, draw(3, 2, 4).requires_grad_(), draw(4, 5, 3).softmax(-1), .2, r), h, allow_unused=True)[0]
+        b = torch.autograd.grad(mrm_loss(draw(5, 2, 3, 4).requires_grad_(), v, torch.ones(2, 3), r), v, allow_unused=True)[0]
+        assert (a is None and b is None) if r == "ours" else (a.abs().sum() > 0 and b.abs().sum() > 0)
+
+
 def test_ttm_moves_with_its_inputs():
     "Turning or shifting states and topics together changes nothing; scaling both scales by the square; topics may be renumbered."
     h, g, q = draw(1, 9, 6), draw(2, 4, 6), draw(3, 9, 5).softmax(-1)

@@ -7,8 +7,13 @@ from PIL import Image
 from safetensors import safe_open
 from capnb.core.errors import ConfigError
 from capnb.klaft.peft_tcm import TCMConfig, TCMLayer, cap_after, check_sft, final_norm, head_of
+from capnb.core.registry import register
+from capnb.klaft.method import Tcm
 from capnb.models.captioner import fingerprint
 from capnb.models.families import ASKED, SENTENCES, TIERS, tiny_family
+from capnb.models.points import find_points
+from capnb.tune.battery import CHECKS, battery, faults
+from capnb.tune.methods import METHODS, attach
 
 PHOTOS = [Image.effect_mandelbrot((40, 32), (-2, -1.5, x, 1.5), 20).convert("RGB") for x in (.4, .9, 1.6)]
 TEXT = {"gpt2": ("GPT2", {}), "llama": ("Llama", {}), "qwen2": ("Qwen2", {}), "llama_tied": ("Llama", dict(tie_word_embeddings=True)), "gemma2": ("Gemma2", dict(query_pre_attn_scalar=8, final_logit_softcapping=2.)),
@@ -101,6 +106,21 @@ def test_family_beams_and_first_step(name):
     tcm(c.model, omega=.6)
     one = [c.caption([p], a, max_new_tokens=5, num_beams=3)[0] for p, a in zip(PHOTOS, ASKED)]
     assert c.caption(PHOTOS, ASKED, max_new_tokens=5, num_beams=3) == one
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_the_places_are_where_everything_passes(name):
+    c = family(name)
+    points, modules = find_points(c), dict(c.model.named_modules())
+    assert modules[head_of(c.model)[0]] is points["head"]
+    norm = modules[final_norm(c.model)]
+    assert norm is points["final_norm"] or name == "blip"  # BERT's output layer has a transform of its own before it
+    with torch.no_grad():
+        seen = {}
+        hooks = [norm.register_forward_hook(lambda m, a, y: seen.update(y=y)), points["head"].register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))]
+        logits(c)
+        for h in hooks: h.remove()
+    torch.testing.assert_close(seen["x"], seen["y"][:, -seen["x"].shape[1]:] if seen["x"].shape != seen["y"].shape else seen["y"])
 
 
 # ---- text models
@@ -426,3 +446,96 @@ def test_hidden_trains_under_sft(name, tmp_path):
 def test_probabilities_are_refused_by_sft_and_we_say_why(tmp_path):
     with pytest.raises(ValueError, match="lm_head"): _sft(tmp_path, "prob", "llama")
     with pytest.raises(ConfigError, match="reads the output layer's matrix"): check_sft(tcm(text("llama")))
+
+
+# ---- the tuning method
+
+@pytest.fixture(autouse=True)
+def listed():
+    "As it is once METHODS names it."
+    if "tcm" not in METHODS: register(METHODS, "tcm", Tcm)
+
+
+def base(name):
+    if name not in _made: _made[name] = tiny_family(name)
+    return _made[name]
+
+
+ONCE = {("checkpointing", "the last attention ran 1 times")}  # no gradient passes through the decoder, so nothing has to be computed again
+MORE = dict(hidden=dict(mixture="hidden"), multiplication=dict(transform="multiplication"), affine=dict(transform="affine"), learned=dict(learn_omega=True), affine_hidden=dict(transform="affine", mixture="hidden"))
+
+
+@pytest.mark.parametrize("family_", TIERS)
+def test_battery(family_):
+    found = battery(base(family_), "tcm", dict(num_topics=4, omega=.8), PHOTOS)
+    assert list(found) == list(CHECKS) and not (faults(found).items() - ONCE), found
+    assert {k for k, v in found.items() if v is not True} <= {"merged", "checkpointing"} and str(found["merged"]).startswith("refused")
+
+
+@pytest.mark.parametrize("case", MORE)
+@pytest.mark.parametrize("family_", ["llava", "blip"])
+def test_battery_of_other_settings(family_, case):
+    found = battery(base(family_), "tcm", {**dict(num_topics=4, omega=.8), **MORE[case]}, PHOTOS)
+    assert list(found) == list(CHECKS) and not (faults(found).items() - ONCE), found
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("family_", [f for f in TIERS if f != "git"])  # GIT itself fails with a frozen base: it adds to its embeddings in place
+def test_checkpointing_gives_the_same_gradients(family_, mixture):
+    got = []
+    for on in (False, True):
+        t = strong(attach(family(family_), "tcm", num_topics=3, omega=.5, mixture=mixture))
+        if on: t.model.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        t.train()(t.collate(rows())).loss.backward()
+        got.append({n: p.grad for n, p in t.named_parameters() if p.grad is not None})
+    assert got[0].keys() == got[1].keys() == {n for n, p in t.named_parameters() if p.requires_grad}
+    for n in got[0]: torch.testing.assert_close(got[0][n], got[1][n], rtol=1e-4, atol=1e-6)
+
+
+def rows(): return [{"image": p, "prompt": a, "caption": s} for p, a, s in zip(PHOTOS, ASKED, SENTENCES)]
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("family_", ["llava", "blip2", "vit_gpt2"])
+def test_alpha_is_a_line(family_, mixture):
+    c = family(family_)
+    t = strong(attach(c, "tcm", num_topics=3, omega=.5, mixture=mixture))
+    at = lambda a: logits(t.scale(a))
+    base_, half, end = at(0), at(.5), at(1)
+    with t.off(): assert torch.equal(logits(t), base_)
+    if mixture == "prob": torch.testing.assert_close(half.exp(), .5*base_.softmax(-1) + .5*end.exp(), rtol=1e-4, atol=1e-5)
+    else: torch.testing.assert_close(half, (base_ + end)/2, rtol=1e-3, atol=1e-3)  # the output layer is linear
+    assert torch.equal(at(1), end)
+    for a in (-.1, 1.5, float("nan")):
+        with pytest.raises(ConfigError): t.scale(a)
+    assert torch.equal(logits(t), end)
+
+
+@pytest.mark.parametrize("how", ["mean", "kmeans"])
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("family_", ["llava", "qwen2_5_vl", "blip"])
+def test_prepared_from_data(family_, mixture, how):
+    c = family(family_)
+    batch = c.collate(rows())
+    labels, h = batch["labels"][:, 1:], c.lm_head_input(batch).detach()
+    states = h[:, -labels.shape[1]-1:-1][labels != -100]
+    t = strong(attach(c, "tcm", num_topics=2, mixture=mixture, init=how))
+    assert t.prepare(rows()) == {"init": how, "examples": 3}
+    far = torch.cdist(t.control.g.detach(), states).min() if how == "kmeans" else (t.control.g.detach() - states.mean(0)).norm(dim=1).max()
+    assert far < 1.*states.std(0).norm() and not torch.equal(t.control.g[0], t.control.g[1])
+
+
+def test_wrong_settings_of_the_method_leave_the_captioner_free():
+    c = family("llava")
+    for kw in (dict(init="random"), dict(omega=2.), dict(topics=3), dict(transform="sum")):
+        with pytest.raises(ConfigError): attach(c, "tcm", **kw)
+        assert c.tuned_by is None and not any(isinstance(m, TCMLayer) for m in c.modules())
+
+
+def test_topics_are_shown_alike_for_both_mixtures():
+    c = family("llava")
+    t = strong(attach(c, "tcm", num_topics=3, omega=.5)); g = t.control.state_dict(); a = t.topics_of(PHOTOS[0], "a red dog"), t.words(4); t.detach()
+    t = attach(c, "tcm", num_topics=3, omega=.5, mixture="hidden"); t.control.load_state_dict(g)
+    b = t.topics_of(PHOTOS[0], "a red dog"), t.words(4)
+    assert a == b and a[0].words == ["a", "red", "dog"]

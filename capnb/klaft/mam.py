@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['GATES', 'masked_softmax', 'cut', 'MamLayer', 'ModifiedAttention']
 
-# %% ../../nbs/klaft/05_mam.ipynb #e2a4e669
+# %% ../../nbs/klaft/05_mam.ipynb #8d89ba73
 import math
 import torch
 from torch import nn
 from ..core.errors import ConfigError
+from .mapping import heads_for
 from .masks import combined_pairs, dependent_mask, leaks
+from ..models.captioner import method_of
 from ..models.visualgpt import srau
 
 # %% ../../nbs/klaft/05_mam.ipynb #90a69af1
@@ -31,7 +33,7 @@ def cut(
     s = A.sigmoid()
     return s * (s > mu)
 
-# %% ../../nbs/klaft/05_mam.ipynb #d2936983
+# %% ../../nbs/klaft/05_mam.ipynb #440a2223
 GATES = ("pair", "token", "feature")
 
 class MamLayer(nn.Module):
@@ -56,20 +58,6 @@ class MamLayer(nn.Module):
         start = 0. if gate == "feature" else math.log((1 + mu) / (1 - mu))
         self.W_b, self.C_b = nn.Parameter(torch.zeros(w)), nn.Parameter(torch.full(c, start))
 
-    def mix(self, z, P_c, P_s, V, pos):
-        "The two terms by the gate: from states `z` (B, n, d), probabilities `P_c` and `P_s` (B, h, n, L), values `V` (B, h, L, d/h), positions `pos` (B, L)."
-        join = lambda O: O.transpose(1, 2).flatten(2)  # (B, n, d)
-        if self.gate is None: return join(P_c.to(V.dtype) @ V)
-        if self.gate == "feature":
-            O_c, O_s = join(P_c.to(V.dtype) @ V), join(P_s.to(V.dtype) @ V)
-            B_c, B_s = srau(torch.cat([O_s, O_c], -1) @ self.W_b + self.C_b, self.mu)  # (B, n, d)
-            return B_c * O_c + B_s * O_s
-        n, A = z.shape[1], z @ self.W_b  # (B, n, length) or (B, n, 1)
-        if self.gate == "pair": A = (A + self.C_b[pos[:, -n:]]).gather(-1, pos[:, None].expand(-1, n, -1))  # (B, n, L)
-        else: A = A + self.C_b
-        B_c = cut(A.to(P_c.dtype), self.mu)[:, None]  # (B, 1, n, L or 1)
-        return join((B_c * P_c + (1 - B_c) * P_s).to(V.dtype) @ V)
-
     def forward(self, x, c, s, pos, cache=None):
         "States `x` (B, n, d), allowed pairs `c` and `s` (B, n, L), positions `pos` (B, L), this layer's `cache`."
         z = self.norm(x).to(self.W_Q.weight.dtype)
@@ -78,11 +66,27 @@ class MamLayer(nn.Module):
             if cache: K, V = torch.cat([cache["K"], K], 2), torch.cat([cache["V"], V], 2)  # (B, h, L, d/h)
             cache["K"], cache["V"] = K, V
         S = Q @ K.transpose(-1, -2) / math.sqrt(K.shape[-1])  # (B, h, n, L)
-        O = self.mix(z, masked_softmax(S, c[:, None]), masked_softmax(S, s[:, None]), V, pos)
+        O = self._mix(z, masked_softmax(S, c[:, None]), masked_softmax(S, s[:, None]), V, pos)
         x = x + self.drop(self.W_O(O))
         return x + self.drop(self.W_2(self.W_1(self.norm(x).to(z.dtype)).relu()))
 
-# %% ../../nbs/klaft/05_mam.ipynb #977cbae7
+# %% ../../nbs/klaft/05_mam.ipynb #02589eef
+@method_of(MamLayer)
+def _mix(self, z, P_c, P_s, V, pos):
+    "The two terms by the gate: from states `z` (B, n, d), probabilities `P_c` and `P_s` (B, h, n, L), values `V` (B, h, L, d/h), positions `pos` (B, L)."
+    join = lambda O: O.transpose(1, 2).flatten(2)  # (B, n, d)
+    if self.gate is None: return join(P_c.to(V.dtype) @ V)
+    if self.gate == "feature":
+        O_c, O_s = join(P_c.to(V.dtype) @ V), join(P_s.to(V.dtype) @ V)
+        B_c, B_s = srau(torch.cat([O_s, O_c], -1) @ self.W_b + self.C_b, self.mu)  # (B, n, d)
+        return B_c * O_c + B_s * O_s
+    n, A = z.shape[1], z @ self.W_b  # (B, n, length) or (B, n, 1)
+    if self.gate == "pair": A = (A + self.C_b[pos[:, -n:]]).gather(-1, pos[:, None].expand(-1, n, -1))  # (B, n, L)
+    else: A = A + self.C_b
+    B_c = cut(A.to(P_c.dtype), self.mu)[:, None]  # (B, 1, n, L or 1)
+    return join((B_c * P_c + (1 - B_c) * P_s).to(V.dtype) @ V)
+
+# %% ../../nbs/klaft/05_mam.ipynb #8500f47d
 class ModifiedAttention(nn.Module):
     "Gated attention under two masks between the top block and the LM head."
     def __init__(self,
@@ -99,9 +103,7 @@ class ModifiedAttention(nn.Module):
     ):
         super().__init__()
         self.config = dict(d_h=d_h, heads=heads, length=length, gate=gate, mu=mu, masks=masks, layers=layers, ffn=ffn, dropout=dropout, visual_to_text=visual_to_text)
-        heads = heads or next(h for h in range(max(1, d_h // 64), 0, -1) if d_h % h == 0)
         top = .5 if gate == "feature" else 1
-        if d_h % heads: raise ConfigError(f"{heads} heads cannot share {d_h} features", expected="a width that is a multiple of heads")
         if gate not in GATES: raise ConfigError(f"there is no gate {gate!r}", expected=f"one of {', '.join(GATES)}")
         if not 0 <= mu < top: raise ConfigError(f"mu cannot be {mu}", where=f"gate={gate!r}", expected=f"0 <= mu < {top}", do="from there on the gate would be shut for good")
         if min(layers, length, ffn) < 1: raise ConfigError("layers, length and ffn start at 1", where=f"{layers}, {length}, {ffn}")
@@ -109,40 +111,46 @@ class ModifiedAttention(nn.Module):
         if leaks(dependent_mask(1, 2, True, visual_to_text), 1, layers):
             raise ConfigError(f"{layers} layers let words see later words through the visual tokens", where="visual_to_text=True",
                               expected="one layer, or visual tokens that never look at text", do="visual_to_text=False, or layers=1")
-        self.layers = nn.ModuleList([MamLayer(d_h, heads, length, gate if masks == "both" else None, mu, ffn, dropout) for _ in range(layers)])
+        self.layers = nn.ModuleList([MamLayer(d_h, heads_for(d_h, heads), length, gate if masks == "both" else None, mu, ffn, dropout) for _ in range(layers)])
 
-    def _flags(self, H, I_pf, padding, cache):
-        "Which positions are real and which are visual, (B, L) each, the cached ones included."
-        (B, n), at = H.shape[:2], cache["real"].shape[1] if cache else 0
-        real = torch.ones(B, n, dtype=torch.bool, device=H.device)
-        if padding is not None:
-            if tuple(padding.shape) not in ((B, n), (B, at + n)): raise ConfigError(f"padding is {tuple(padding.shape)}", expected=f"{(B, at + n)}, 1 for a real position")
-            real = padding[:, -n:].to(H.device).bool()
-        if at: return torch.cat([cache["real"], real], 1), torch.cat([cache["visual"], torch.zeros_like(real)], 1)
-        if isinstance(I_pf, torch.Tensor) and I_pf.ndim:
-            if I_pf.shape != real.shape: raise ConfigError(f"the flags of visual tokens are {tuple(I_pf.shape)}", expected=f"{(B, n)}")
-            return real, I_pf.to(H.device).bool() & real
-        if not 0 <= I_pf <= n: raise ConfigError(f"{I_pf} visual tokens in a sequence of {n}", expected="all visual tokens in the first call", do="pass image and prompt together, then token by token")
-        return real, real & (real.cumsum(1) <= I_pf)
+# %% ../../nbs/klaft/05_mam.ipynb #6b3476a0
+@method_of(ModifiedAttention)
+def _flags(self, H, I_pf, padding, cache):
+    "Which positions are real and which are visual, (B, L) each, the cached ones included."
+    (B, n), at = H.shape[:2], cache["real"].shape[1] if cache else 0
+    real = torch.ones(B, n, dtype=torch.bool, device=H.device)
+    if padding is not None:
+        if tuple(padding.shape) not in ((B, n), (B, at + n)): raise ConfigError(f"padding is {tuple(padding.shape)}", expected=f"{(B, at + n)}, 1 for a real position")
+        real = padding[:, -n:].to(H.device).bool()
+    flags = isinstance(I_pf, torch.Tensor) and I_pf.ndim > 0
+    if at and flags and I_pf[:, -n:].any(): raise ConfigError("visual tokens after the first call", expected="all of them in the first call", do="pass image and prompt together")
+    if at: return torch.cat([cache["real"], real], 1), torch.cat([cache["visual"], torch.zeros_like(real)], 1)
+    if flags:
+        if I_pf.shape != real.shape: raise ConfigError(f"the flags of visual tokens are {tuple(I_pf.shape)}", expected=f"{(B, n)}")
+        return real, I_pf.to(H.device).bool() & real
+    if not 0 <= I_pf <= n: raise ConfigError(f"{I_pf} visual tokens in a sequence of {n}", expected="all visual tokens in the first call", do="pass image and prompt together, then token by token")
+    return real, real & (real.cumsum(1) <= I_pf)
 
-    def forward(self,
-        H: torch.Tensor,  # (B, n, d) H_I (+) H_T; with a filled cache what comes after
-        I_pf: int|torch.Tensor,  # visual tokens, first in the sequence; or (B, n) True where a token is visual
-        padding: torch.Tensor|None = None,  # attention mask, (B, L) or (B, n): 1 for real positions; None: all are
-        cache: dict|None = None,  # for generation, empty at first
-    ) -> torch.Tensor:  # (B, n, d)
-        "H with image and text balanced: what the LM head reads."
-        if H.ndim != 3 or H.shape[-1] != self.config["d_h"]: raise ConfigError(f"H is {tuple(H.shape)}", expected=f"(B, L, {self.config['d_h']})")
-        real, visual = self._flags(H, I_pf, padding, cache)
-        pos, n = (real.cumsum(1) - 1).clamp(min=0), H.shape[1]  # (B, L)
-        most, gate, masks = self.config["length"], self.config["gate"], self.config["masks"]
-        if gate == "pair" and masks == "both" and pos.shape[1] > most and pos.max() >= most:
-            raise ConfigError(f"a sequence of {int(pos.max()) + 1} positions is too long", where='gate="pair"', expected=f"at most length={most}, visual tokens included", do="a larger length, a shorter caption, or gate='token'")
-        back = self.config["visual_to_text"] and cache is None
-        seen = real[:, -n:, None] & real[:, None]  # (B, n, L)
-        c, s = (ok & seen for ok in combined_pairs(visual, masks, self.training, back, n))
-        new = real[:, -n:, None]  # (B, n, 1)
-        x = H.masked_fill(~new, 0).to(torch.promote_types(H.dtype, self.layers[0].W_Q.weight.dtype))
-        for i, layer in enumerate(self.layers): x = layer(x, c, s, pos, None if cache is None else cache.setdefault(i, {}))
-        if cache is not None: cache["real"], cache["visual"] = real, visual
-        return torch.where(new, x.to(H.dtype), H)
+# %% ../../nbs/klaft/05_mam.ipynb #aad17ce3
+@method_of(ModifiedAttention)
+def forward(self,
+    H: torch.Tensor,  # (B, n, d) H_I (+) H_T; with a filled cache what comes after
+    I_pf: int|torch.Tensor,  # visual tokens, first in the sequence; or (B, n) True where a token is visual
+    padding: torch.Tensor|None = None,  # attention mask, (B, L) or (B, n): 1 for real positions; None: all are
+    cache: dict|None = None,  # for generation, empty at first
+) -> torch.Tensor:  # (B, n, d)
+    "H with image and text balanced: what the LM head reads."
+    if H.ndim != 3 or H.shape[-1] != self.config["d_h"]: raise ConfigError(f"H is {tuple(H.shape)}", expected=f"(B, L, {self.config['d_h']})")
+    real, visual = self._flags(H, I_pf, padding, cache)
+    pos, n = (real.cumsum(1) - 1).clamp(min=0), H.shape[1]  # (B, L)
+    most, gate, masks = self.config["length"], self.config["gate"], self.config["masks"]
+    if gate == "pair" and masks == "both" and pos.shape[1] > most and pos.max() >= most:
+        raise ConfigError(f"a sequence of {int(pos.max()) + 1} positions is too long", where='gate="pair"', expected=f"at most length={most}, visual tokens included", do="a larger length, a shorter caption, or gate='token'")
+    back = self.config["visual_to_text"] and cache is None
+    seen = real[:, -n:, None] & real[:, None]  # (B, n, L)
+    c, s = (ok & seen for ok in combined_pairs(visual, masks, self.training, back, n))
+    new = real[:, -n:, None]  # (B, n, 1)
+    x = H.masked_fill(~new, 0).to(torch.promote_types(H.dtype, self.layers[0].W_Q.weight.dtype))
+    for i, layer in enumerate(self.layers): x = layer(x, c, s, pos, None if cache is None else cache.setdefault(i, {}))
+    if cache is not None: cache["real"], cache["visual"] = real, visual
+    return torch.where(new, x.to(H.dtype), H)
