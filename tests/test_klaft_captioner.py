@@ -163,6 +163,17 @@ def test_training_goes_on_where_it_was_stopped(tmp_path):
     assert fingerprint(run(tmp_path/"b")) == fingerprint(whole)
 
 
+def test_new_parts_learn_to_steer_a_frozen_language_model():
+    base = lm(); ids = torch.tensor([[1] + KLAFTCaptioner.from_parts(None, base, TOKENIZER, feature_width=8).caption_ids(c) for c in CAPTIONS])
+    opt = torch.optim.AdamW(base.requires_grad_(True).parameters(), lr=1e-2)
+    for _ in range(60): opt.zero_grad(); base(ids, labels=ids).loss.backward(); opt.step()
+    mark = fingerprint(base)
+    c = KLAFTCaptioner.from_parts(None, base, TOKENIZER, feature_width=8, num_topics=3).init_topics(PAIRS)
+    assert not torch.allclose(c.topics.g[0], KLAFTCaptioner.from_parts(None, base, TOKENIZER, feature_width=8, num_topics=3).topics.g[0], atol=.1)
+    train(c, PAIRS, klaft_objective(c), TrainConfig(steps=80, batch_size=9, lr=1e-2, warmup=5))
+    assert c.caption(SETS) == CAPTIONS == c.caption(SETS, num_beams=3) and c.caption(SETS[::-1]) == CAPTIONS[::-1] and fingerprint(base) == mark
+
+
 def test_parts_are_left_out_one_by_one():
     c = KLAFTCaptioner.from_parts(None, lm(), TOKENIZER, feature_width=8, num_topics=2); batch = c.collate(PAIRS[:4])
     for part in ("ttm", "mrm", "itm"): assert set(klaft_objective(c, Weights(**{part: 0.}))(c, batch)[1]) == {"tcm", "ttm", "mrm", "itm", "weight"} - {part}
@@ -201,6 +212,7 @@ def test_method_on_families(name):
     batch = tuned.train().collate([dict(id=i, image=PHOTOS[j], caption=SAID[j]) for i, j in enumerate((0, 1, 2, 0))])
     loss, log = tuned.objective(tuned, batch); loss.backward()
     assert {"tcm", "ttm", "itm"} <= set(log) and log["itm"] > 0
+    tuned.eval()
     (v_a, v_x), (u_a, u_x) = (tuned.image_and_text(tuned.collate([dict(id=0, image=p, caption=SAID[0])])) for p in PHOTOS[:2])
     assert torch.equal(v_x, u_x) and not torch.equal(v_a, u_a)
     assert [n for n, p in tuned.named_parameters() if (p.grad is not None and bool(p.grad.any())) != p.requires_grad] == []
@@ -216,3 +228,13 @@ def test_method_without_mam(name):
     with tuned.off(): assert torch.equal(tuned.log_prob(PHOTOS, SAID, ASKED)[0], base)
     batch = tuned.collate([dict(id=i, image=p, caption=s) for i, (p, s) in enumerate(zip(PHOTOS, SAID))])
     assert set(tuned.objective(tuned, batch)[1]) == {"tcm", "ttm", "weight"}
+
+
+def test_images_through_a_vision(tmp_path):
+    tiny = load_captioner("tiny"); c = shaken(KLAFTCaptioner.from_parts(tiny, lm(), TOKENIZER, num_topics=2))
+    assert c.model.feature_width == tiny.encode(PHOTOS).shape[-1] and not any(n.startswith("eyes") for n, _ in c.named_parameters())
+    everything_agrees(c, PHOTOS, CAPTIONS[:3])
+    assert c.caption(PHOTOS, max_new_tokens=6) == c.caption(list(tiny.encode(PHOTOS)), max_new_tokens=6)
+    c.save(tmp_path/"c"); again = load_klaft(tmp_path/"c", vision=tiny)
+    assert torch.equal(again.log_prob(PHOTOS, CAPTIONS[:3])[0], c.log_prob(PHOTOS, CAPTIONS[:3])[0])
+    with pytest.raises(ConfigError, match="width of the features"): KLAFTCaptioner.from_parts(None, lm(), TOKENIZER)

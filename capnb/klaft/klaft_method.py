@@ -72,7 +72,7 @@ def real_places(
     if mask.ndim == 4: mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] >= 0
     return mask[:, -H.shape[1]:].bool().expand(len(H), -1)
 
-# %% ../../nbs/klaft/15_klaft_method.ipynb #dd5955cd
+# %% ../../nbs/klaft/15_klaft_method.ipynb #bccaf70f
 class Klaft(Tcm):
     "MAM and TCM between top block and LM head, trained by the losses of KLAFT."
     method = "klaft"
@@ -100,7 +100,7 @@ class Klaft(Tcm):
     def reader(self):
         "The decoder up to its last norm."
         d = self.captioner.decoder
-        return d.base_model if getattr(d, "get_output_embeddings", lambda: None)() is not None else d
+        return d.get_decoder() if getattr(d, "get_output_embeddings", lambda: None)() is not None else d
     @property
     def regions_fit(self):
         "Whether each visual token belongs to one vision feature."
@@ -113,7 +113,7 @@ def _blank():
     from PIL import Image
     return Image.new("RGB", (64, 64))
 
-# %% ../../nbs/klaft/15_klaft_method.ipynb #1c34b01d
+# %% ../../nbs/klaft/15_klaft_method.ipynb #4e98eb43
 @method_of(Klaft)
 def _look(self, module, args, E):
     "Note which words are the image's; drop caption words if TTM asks."
@@ -127,16 +127,17 @@ def _mix(self, module, args, kw, out):
     "MAM on the decoder's last states."
     if not self.on or not self.alpha: return
     H, cache = out.last_hidden_state, mam_state(getattr(out, "past_key_values", None))
-    visual = self.flags
-    if not cache:
+    visual, first = self.flags, not cache
+    if first:
         if visual is None or visual.shape[1] != H.shape[1] or len(H) % len(visual) or not (self.blind or visual.any()):
             raise ConfigError("MAM does not know where the image stands", where=self.captioner.name, expected="one state for each token of the prompt", do="mam=False for topic control alone")
         visual = visual.repeat_interleave(len(H)//len(visual), 0)  # beams
-    new = self.mam(H, 0 if cache else visual, real_places(kw.get("attention_mask"), H), cache)  # (B, T, d)
+    new = self.mam(H, visual if first else 0, real_places(kw.get("attention_mask"), H), cache)  # (B, T, d)
     out.last_hidden_state = new if self.alpha == 1 else torch.lerp(H, new, self.alpha)
-    if not cache and cache is None: self.__dict__["last"] = (kw.get("inputs_embeds"), visual, out.last_hidden_state)
+    if first: self.__dict__["last"] = (kw.get("inputs_embeds"), visual, out.last_hidden_state)
     return out
 
+# %% ../../nbs/klaft/15_klaft_method.ipynb #512310c2
 @method_of(Klaft)
 @contextmanager
 def off(self):
@@ -182,7 +183,7 @@ def _detach(self):
     if self.mam is not None: del self.captioner.klaft
     Tcm._detach(self)
 
-# %% ../../nbs/klaft/15_klaft_method.ipynb #3ffe2acc
+# %% ../../nbs/klaft/15_klaft_method.ipynb #4c018ce6
 @method_of(Klaft)
 def lifted(self,
     batch: dict,  # from `collate`
@@ -193,6 +194,7 @@ def lifted(self,
     self.__dict__.update(drop=drop, labels=batch["labels"] if drop else None)
     try: h = self.captioner.lm_head_input(batch if features is None else {**batch, "features": features})
     finally: self.__dict__.update(drop=0., labels=None)
+    if self.mam is not None and self.last is None: raise ConfigError("this model never calls its decoder as a whole, so MAM cannot stand behind it", where=self.captioner.name, do="mam=False")
     if self.mam is not None and not drop and features is None: self.__dict__["kept"] = (batch, *self.last[:2])
     return (h if self.mam is None else self.last[2]), h[:, -batch["input_ids"].shape[1]:]
 
@@ -209,6 +211,7 @@ def mrm(self,
     H = self.lifted(batch, hidden)[0]
     return mrm_loss(self.captioner.klaft["regions"](H[self.last[1]].view(len(v), v.shape[1], -1).float()), v, which, reading)
 
+# %% ../../nbs/klaft/15_klaft_method.ipynb #4bc6820c
 @method_of(Klaft)
 def image_and_text(self,
     batch: dict,  # from `collate`
