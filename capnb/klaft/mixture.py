@@ -83,7 +83,7 @@ def scaled(
     D, *rest = [x - m] + list(weights[:-1])
     return m, *[(D*w).exp_() for w in rest], D.mul_(weights[-1]).exp_()
 
-# %% ../../nbs/klaft/00_mixture.ipynb #3b59f9a7
+# %% ../../nbs/klaft/00_mixture.ipynb #15b71099
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, b, t, log_prior, omega, shared):
@@ -104,7 +104,7 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx, G, _):
         b, t, m, n, F, Z, A, safe = ctx.saved_tensors
         g_b, N, U, g_omega = torch.empty_like(b), torch.zeros_like(t), torch.empty_like(Z), b.new_zeros(())
-        rows = max(1, 2**(19 if b.device.type == "cpu" else 24)//b.shape[1])  # at once: they share little memory
+        rows = max(1, min(len(b)//8, 2**(19 if b.device.type == "cpu" else 24)//b.shape[1]))  # at once, to take little memory
         with torch.autocast(b.device.type, enabled=False):
             for i in range(0, len(b), rows):
                 i = slice(i, i + rows)
