@@ -5,111 +5,103 @@
 # %% auto #0
 __all__ = ['normalisers', 'mixture_nll']
 
-# %% ../../nbs/klaft/01_fused.ipynb #3bb08661
+# %% ../../nbs/klaft/01_fused.ipynb #0febc58b
+import math
 import torch
 from torch.nn.functional import linear
 from ..core.errors import DataError
-from .mixture import Z_MIN, factors, wide
+from .mixture import Z_MIN, scaled, wide
 
-# %% ../../nbs/klaft/01_fused.ipynb #f4175125
+# %% ../../nbs/klaft/01_fused.ipynb #e64977c9
 def _far(b, t, omega, rows, z): return (1 - omega)*b[rows] + omega*t[z]                # (N, V) logits of one topic
 
 def normalisers(
     b:torch.Tensor, # (T, V) logits of the base
     t:torch.Tensor, # (K, V) logits of the topics
-    omega:torch.Tensor, # lift weight, 0-d
-)->tuple: # L (T, K+1), the rows (N,) that fp32 factors cannot serve, and the factors
+    omega:float, # lift weight
+    shared:tuple=None, # n, F = `scaled(t, omega)`, if it is there already
+)->torch.Tensor: # L (T, K+1)
     "Log-normalisers of all components"
-    m, n, E, F, Z = parts = factors(b, t, omega)
-    L = torch.cat([torch.logsumexp(b, -1, keepdim=True), Z.log() + (1 - omega)*m + omega*n.T], 1)
+    (n, F), (m, E, R) = shared or scaled(t, omega), scaled(b, 1 - omega, omega)
+    Z = E @ F.T
+    L = torch.cat([m + torch.linalg.vecdot(E, R)[:, None].log(), Z.log() + (1 - omega)*m + omega*n.T], 1)
     rows = (~(Z >= Z_MIN)).any(-1).nonzero()[:, 0]
     for z in range(len(t) if len(rows) else 0): L[rows, z+1] = _far(b, t, omega, rows, z).logsumexp(-1)
-    return L, rows, parts
+    return L
 
-# %% ../../nbs/klaft/01_fused.ipynb #e2d3b755
-def _lifted(weight, L, rows, b, t, omega, parts):
-    "Sums of the topics' probabilities p_z weighed by (T, K): over topics (T, V) and over positions (K, V)"
-    m, n, E, F, Z = parts
-    A = weight*((1 - omega)*m + omega*n.T - L[:, 1:]).exp()                            # weight/Z
-    if len(rows): A[rows] = 0
-    over_rows = F*(A.T @ E)
-    over_topics = E*(A @ F)
-    for z in range(len(t) if len(rows) else 0):
-        p = weight[rows, z:z+1]*(_far(b, t, omega, rows, z) - L[rows, z+1:z+2]).exp()
-        over_topics[rows] += p
-        over_rows[z] += p.sum(0)
-    return over_topics, over_rows
-
-# %% ../../nbs/klaft/01_fused.ipynb #f004b547
-def _loss(b, t, log_prior, omega, target):
-    "Loss (T,), posterior (T, K+1) and what the backward pass needs"
-    L, rows, parts = normalisers(b, t, omega)
-    x = target.clamp(min=0)
+# %% ../../nbs/klaft/01_fused.ipynb #d7fca968
+def _loss(b, t, log_prior, omega, target, shared):
+    "Loss (T,), posterior q (T, K+1) and L (T, K+1)"
+    L, x = normalisers(b, t, omega, shared), target.clamp(min=0)
     b_x, t_x = b.gather(1, x[:, None]), t[:, x].T                                      # (T, 1), (T, K)
     l = torch.cat([b_x, (1 - omega)*b_x + omega*t_x], 1) - L + log_prior               # (T, K+1)
     total = l.logsumexp(-1, keepdim=True)
-    return -total[:, 0]*(target >= 0), (l - total).exp(), L, rows, parts
+    return -total[:, 0]*(target >= 0), (l - total).exp(), L
 
-def _grads(w, b, t, log_prior, omega, target, need):
-    "Gradients to b (T, V) (if `need`), t (K, V), log prior (T, K+1) and omega"
-    _, q, L, rows, parts = _loss(b, t, log_prior, omega, target)
-    wq = (w*(target >= 0))[:, None]*q                                                  # (T, K+1)
-    x, lift = target.clamp(min=0), wq[:, 1:]
-    g_b, g_t = _lifted(lift, L, rows, b, t, omega, parts)
-    g_t.index_add_(1, x, -lift.T)
-    g_b.scatter_add_(1, x[:, None], -lift.sum(1, keepdim=True))
-    g_omega = (t*g_t).sum() - (b*g_b).sum()
-    if need:
-        p = (b - L[:, :1]).exp_().mul_(wq[:, :1]).scatter_add_(1, x[:, None], -wq[:, :1])
-        g_b = g_b.mul_(1 - omega).add_(p)
-    return g_b, omega*g_t, -wq, g_omega
+def _grads(wq, L, b, t, omega, target, shared, learned):
+    "Gradients to b (T, V) and, F taken out of the first part, to the topics' logits; and what b adds to that of omega"
+    (n, F), (m, E, R), x, lift = shared, scaled(b, 1 - omega, omega), target.clamp(min=0)[:, None], wq[:, 1:]
+    A = (1 - omega)*m + omega*n.T - L[:, 1:]                                           # -log Z
+    rows = (~(A <= -math.log(Z_MIN))).any(-1).nonzero()[:, 0]
+    A = lift*A.exp()
+    if len(rows): A[rows] = 0
+    g_t, far = A.T @ E, torch.zeros_like(t).index_add_(1, x[:, 0], -lift.T)            # (K, V)
+    g_omega = (lift.sum(1)*b.gather(1, x)[:, 0]).sum() - (A*((b*E) @ F.T)).sum() if learned else 0
+    g_b = R.mul_(wq[:, :1]*(m - L[:, :1]).exp()).addmm_(A, F, alpha=1 - omega).mul_(E)  # (T, V)
+    for z in range(len(t) if len(rows) else 0):
+        p = lift[rows, z:z+1]*(_far(b, t, omega, rows, z) - L[rows, z+1:z+2]).exp()
+        g_b[rows] += (1 - omega)*p
+        far[z] += p.sum(0)
+        g_omega -= (p*b[rows]).sum()
+    g_b.scatter_add_(1, x, -wq[:, :1] - (1 - omega)*lift.sum(1, keepdim=True))
+    return g_b, g_t, far, g_omega
 
-# %% ../../nbs/klaft/01_fused.ipynb #ef568d2a
-def _logits(h, g, W, c):
-    "Logits of positions and topics by one product"
-    y = wide(linear(torch.cat([h, g]), W, c))
-    return y[:len(h)], y[len(h):]
-
+# %% ../../nbs/klaft/01_fused.ipynb #fc85743f
 class _NLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, W, c, g, log_prior, omega, target, chunk):
         kind = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else W.dtype
-        ctx.kind, ctx.chunk, ctx.has_c = kind, chunk, c is not None
+        ctx.kind, ctx.chunk, ctx.omega = kind, chunk, float(omega)
         with torch.autocast(h.device.type, enabled=False):
-            low = [None if x is None else x.to(kind) for x in (h, g, W, c)]
-            out, kept = [], None
+            h_, g_, W_, c_ = [None if x is None else x.to(kind) for x in (h, g, W, c)]
+            first = wide(linear(torch.cat([h_[:chunk], g_]), W_, c_))                  # one product for positions and topics
+            b, t = first.split([len(first) - len(g), len(g)])
+            shared, parts = scaled(t, ctx.omega), []
             for s in range(0, max(len(h), 1), chunk):
                 i = slice(s, s + chunk)
-                b, t = _logits(low[0][i], *low[1:]) if s == 0 else (wide(linear(low[0][i], *low[2:])), t)
-                out.append(_loss(b, t, log_prior[i], omega, target[i])[0])
-                if len(h) <= chunk: kept = b, t
-        ctx.save_for_backward(h, W, c, g, log_prior, omega, target, *(kept or ()))
-        return torch.cat(out)
+                if s: b = wide(linear(h_[i], W_, c_))
+                parts.append(_loss(b, t, log_prior[i], ctx.omega, target[i], shared))
+        loss, q, L = map(torch.cat, zip(*parts))
+        ctx.save_for_backward(h, W, c, g, target, q, L, first if len(h) <= chunk else t.clone(), *shared)
+        return loss
 
-# %% ../../nbs/klaft/01_fused.ipynb #5259c520
+# %% ../../nbs/klaft/01_fused.ipynb #26ac6ce2
 def _backward(ctx, w):
-    h, W, c, g, log_prior, omega, target, *kept = ctx.saved_tensors
+    h, W, c, g, target, q, L, kept, *shared = ctx.saved_tensors
     need_h, need_W, need_c = ctx.needs_input_grad[:3]
     with torch.autocast(h.device.type, enabled=False):
-        H, G, M, C = [None if x is None else x.to(ctx.kind) for x in (h, g, W, c)]
-        g_h, g_prior = torch.zeros_like(h) if need_h else None, torch.empty_like(log_prior)
-        g_W = torch.zeros_like(W, dtype=wide(W[:0]).dtype) if need_W else None
-        g_c, g_t, g_omega = 0, 0, torch.zeros_like(omega)
+        h_, g_, W_, c_ = [None if x is None else x.to(ctx.kind) for x in (h, g, W, c)]
+        b, t = kept.split([len(kept) - len(g), len(g)])
+        wq = (w*(target >= 0))[:, None]*q                                              # (T, K+1)
+        far, g_t, g_omega = torch.zeros_like(t), torch.zeros_like(t), t.new_zeros(())
+        g_h, g_c = torch.empty_like(h) if need_h else None, torch.zeros(len(W)).to(t) if need_c else None
+        g_W = torch.zeros(W.shape).to(t) if need_W else None
         for s in range(0, len(h), ctx.chunk):
             i = slice(s, s + ctx.chunk)
-            if kept: b, t = kept
-            else: b, t = _logits(H[i], G, M, C) if s == 0 else (wide(linear(H[i], M, C)), t)
-            d_b, d_t, g_prior[i], d_omega = _grads(w[i], b, t, log_prior[i], omega, target[i], need_h or need_W or need_c)
-            g_t, g_omega = g_t + d_t, g_omega + d_omega
-            if need_c: g_c = g_c + d_b.sum(0)
-            d_b = d_b.to(ctx.kind)
-            if need_h: g_h[i] = d_b @ M
-            if need_W: g_W += d_b.T @ H[i]
-        low = g_t.to(ctx.kind) if len(h) else G.new_zeros(len(g), len(W))
-        if need_W: g_W += low.T @ G
-        if need_c: g_c = g_c + low.sum(0, dtype=log_prior.dtype)
-        return (g_h, g_W.to(W.dtype) if need_W else None, g_c.to(c.dtype) if need_c else None, (low @ M).to(g.dtype),
-                g_prior, g_omega, None, None)
+            if len(h) > ctx.chunk: b = wide(linear(h_[i], W_, c_))
+            d, *more = _grads(wq[i], L[i], b, t, ctx.omega, target[i], shared, ctx.needs_input_grad[5])
+            for total, x in zip((g_t, far, g_omega), more): total += x
+            if need_c: g_c += d.sum(0)
+            d = d.to(ctx.kind)
+            if need_h: g_h[i] = d @ W_
+            if need_W: g_W += d.T @ h_[i]
+        g_t = g_t.mul_(shared[1]).add_(far)
+        if ctx.needs_input_grad[5]: g_omega += (g_t*t).sum()
+        low = g_t.mul_(ctx.omega).to(ctx.kind)
+        if need_W: g_W += low.T @ g_
+        if need_c: g_c += g_t.sum(0)
+        cast = lambda x, like: None if x is None else x.to(like.dtype)
+        return g_h, cast(g_W, W), cast(g_c, W), cast(low @ W_, g), -wq, g_omega, None, None
 _NLL.backward = staticmethod(torch.autograd.function.once_differentiable(_backward))
 
 # %% ../../nbs/klaft/01_fused.ipynb #ce4ddd31

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRANSFORMS', 'Z_MIN', 'S_MIN', 'topic_hidden', 'wide', 'log_softmax', 'naive_log_probs', 'streamed_log_probs',
-           'factors', 'mixture_log_probs', 'hidden_mixture']
+           'scaled', 'mixture_log_probs', 'hidden_mixture']
 
 # %% ../../nbs/klaft/00_mixture.ipynb #c071acce
 import torch
@@ -71,69 +71,68 @@ def streamed_log_probs(
         total = torch.logaddexp(total, log_prior[..., z+1:z+2] + log_softmax((1 - omega)*b + omega*t[z], softcap))
     return total
 
-# %% ../../nbs/klaft/00_mixture.ipynb #2c22f168
+# %% ../../nbs/klaft/00_mixture.ipynb #2f39ec59
 Z_MIN, S_MIN = 1e-24, 1e-30  # below these, terms lost in fp32 could be seen
 
-def factors(
-    b:torch.Tensor, # (T, V) logits of the base
-    t:torch.Tensor, # (K, V) logits of the topics
-    omega, # lift weight, 0-d
-)->tuple: # m (T, 1), n (K, 1), E (T, V), F (K, V), Z_{1:K} (T, K)
-    "What all topics share, KLAFT equation 5 factored"
-    m, n = b.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
-    E = (b - m).mul_(1 - omega).exp_()
-    F = (t - n).mul_(omega).exp_()
-    return m, n, E, F, E @ F.T
+def scaled(
+    x:torch.Tensor, # (N, V) logits
+    *weights, # numbers in [0, 1]
+)->tuple: # maxima (N, 1), then exp(weight (x - maximum)) (N, V) for each weight
+    "E, R and F of the factored mixture"
+    m = x.amax(-1, keepdim=True)
+    D = x - m
+    if len(weights) == 1: return m, D.mul_(weights[0]).exp_()
+    return m, *torch.mul(D, D.new_tensor(weights)[:, None, None]).exp_()
 
-# %% ../../nbs/klaft/00_mixture.ipynb #a3b91a79
+# %% ../../nbs/klaft/00_mixture.ipynb #973a8e72
 class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, b, t, log_prior, omega):
-        m, n, E, F, Z = factors(b, t, omega)
-        D = b - m                                                    # (T, V)
-        S = (D*omega).exp_()                                         # R
-        Z0 = torch.bmm(E.unsqueeze(1), S.unsqueeze(2)).squeeze(2)    # (T, 1)
-        A = log_prior - torch.cat([Z0, Z], 1).log()                  # (T, K+1)
-        a = A.amax(-1, keepdim=True)
-        A = (A - a).exp_()
+    def forward(ctx, b, t, log_prior, omega, shared):
+        ctx.w = w = float(omega)
+        (n, F), (m, E, S) = shared or scaled(t, w), scaled(b, 1 - w, w)  # S is R for now
+        Z = torch.cat([torch.linalg.vecdot(E, S)[:, None], E @ F.T], 1)  # (T, K+1)
+        A = log_prior.exp()/Z                                        # pi/Z
         S.mul_(A[:, :1]).addmm_(A[:, 1:], F)
-        bad = ~((Z >= Z_MIN).all(-1) & (S.amin(-1) >= S_MIN))        # (T,), true for NaN, too
-        ctx.save_for_backward(b, t, m, n, Z0, Z, A, omega, bad)
-        ctx.mark_non_differentiable(bad)
-        return D.mul_(1 - omega).add_(S.log_()).add_(a), bad
+        least = S_MIN*A.amax(-1)
+        safe = (Z >= Z_MIN).all(-1) & (A[:, 1:] @ F.amin(-1) >= least)  # false for NaN, too
+        if not safe.all(): safe = (Z >= Z_MIN).all(-1) & (S.amin(-1) >= least)
+        ctx.save_for_backward(b, t, m, n, F, Z, A, safe)
+        ctx.mark_non_differentiable(safe)
+        return S.log_().add_(b - m, alpha=1 - w), safe
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, G, _):
-        b, t, m, n, Z0, Z, A, omega, bad = ctx.saved_tensors
+        b, t, m, n, F, Z, A, safe = ctx.saved_tensors
         with torch.autocast(b.device.type, enabled=False):
-            Z, A = Z.masked_fill(bad[:, None], 1), A.masked_fill(bad[:, None], 0)
-            D, B = t - n, b - m                                      # (K, V), (T, V)
-            F, E, R = (omega*D).exp(), ((1 - omega)*B).exp_(), (omega*B).exp_()
+            Z, A = Z.where(safe[:, None], 1), A.where(safe[:, None], 0)
+            _, E, R = scaled(b, 1 - ctx.w, ctx.w)
             S = (A[:, :1]*R).addmm_(A[:, 1:], F)
-            H = G/S.masked_fill_(bad[:, None], 1)                    # (T, V)
+            H = G/S.masked_fill_(~safe[:, None], 1)                  # (T, V)
             HR = H.mul(R).mul_(A[:, :1])                             # G q_0
-            U0, U = HR.sum(-1, keepdim=True), A[:, 1:]*(H @ F.T)     # (T, 1), (T, K)
-            lifted = G - HR - E*((U/Z) @ F)                          # (T, V) what the topics pass on
-            N = F*(A[:, 1:].T @ H - (U/Z).T @ E)                     # (K, V)
-            g_omega = (D*N).sum() - (B*lifted).sum() if ctx.needs_input_grad[3] else None
-            g_b = lifted.mul_(1 - omega).add_(HR).sub_(E.mul_(R).mul_(U0/Z0))
-            return g_b, omega*N, torch.cat([U0, U], 1), g_omega
+            U = torch.cat([HR.sum(-1, keepdim=True), A[:, 1:]*(H @ F.T)], 1)  # (T, K+1)
+            C = U/Z
+            lifted = G - HR - E*(C[:, 1:] @ F)                       # (T, V) what the topics pass on
+            N = F*(A[:, 1:].T @ H - C[:, 1:].T @ E)                  # (K, V)
+            g_omega = ((t - n)*N).sum() - ((b - m)*lifted).sum() if ctx.needs_input_grad[3] else None
+            g_b = lifted.mul_(1 - ctx.w).add_(HR).sub_(E.mul_(R).mul_(C[:, :1]))
+            return g_b, ctx.w*N, U, g_omega, None
 
-# %% ../../nbs/klaft/00_mixture.ipynb #9ff5976c
+# %% ../../nbs/klaft/00_mixture.ipynb #0a7dbbe5
 def mixture_log_probs(
     b:torch.Tensor, # (..., V) logits of the base, any precision
     t:torch.Tensor, # (K, V) logits of the topics, the output layer's bias in them
     log_prior:torch.Tensor, # (..., K+1), the residual first
     omega=.2, # lift weight in [0, 1]: a number or a 0-d tensor
+    shared:tuple=None, # `scaled(t, omega)` in fp32, if it is there already
 )->torch.Tensor: # (..., V) log P, at least fp32
     "log P of the additive mixture, factored; rows where fp32 would lose something in log space"
     B, t = wide(b).reshape(-1, b.shape[-1]), wide(t).to(b.device)
     prior = log_prior.to(B.dtype).expand(*b.shape[:-1], -1).reshape(len(B), len(t) + 1)
     omega = torch.as_tensor(omega, dtype=B.dtype, device=B.device)
     with torch.autocast(b.device.type, enabled=False):
-        out, bad = _Mixture.apply(B, t, prior, omega)
-        rows = bad.nonzero()[:, 0]
+        out, safe = _Mixture.apply(B, t, prior, omega, shared)
+        rows = (~safe).nonzero()[:, 0]
         if len(rows): out = out.index_copy(0, rows, streamed_log_probs(B[rows], t, prior[rows], omega))
     return out.reshape(b.shape)
 

@@ -7,7 +7,7 @@ __all__ = ['TopicControl', 'log_prior', 'topic_logits', 'base_and_topics', 'hidd
            'init', 'caption_states', 'init_topics', 'likeliest', 'topic_share', 'topic_shares', 'TopicMap',
            'word_spans', 'topic_map', 'topic_words', 'softcap_of']
 
-# %% ../../nbs/klaft/02_topics.ipynb #cecc7b5a
+# %% ../../nbs/klaft/02_topics.ipynb #79cd9248
 import html, math, re
 from dataclasses import dataclass
 import torch
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core.errors import ConfigError, DataError
 from ..core.markup import Html, markup, tag
 from .fused import mixture_nll
-from .mixture import TRANSFORMS, hidden_mixture, log_softmax, mixture_log_probs, naive_log_probs, streamed_log_probs, topic_hidden, wide
+from .mixture import TRANSFORMS, hidden_mixture, log_softmax, mixture_log_probs, naive_log_probs, scaled, streamed_log_probs, topic_hidden, wide
 from ..models.captioner import IGNORE, method_of
 
 # %% ../../nbs/klaft/02_topics.ipynb #802248a6
@@ -80,7 +80,7 @@ def log_prior(self,
         a = torch.tensor(float(self.alpha))
         return torch.cat([(1 - a + a*log_pi[..., :1].exp()).log(), a.log() + log_pi[..., 1:]], -1)
 
-# %% ../../nbs/klaft/02_topics.ipynb #d64d8ed1
+# %% ../../nbs/klaft/02_topics.ipynb #b660fb10
 def _version(p): return None if p is None else (p.data_ptr(), p._version, p.device, p.dtype)
 
 @method_of(TopicControl)
@@ -89,14 +89,26 @@ def _like(self, head):
     return w.dtype if torch.is_tensor(w) and w.is_floating_point() else self.g.dtype
 
 @method_of(TopicControl)
+def _key(self, head):
+    "What the kept logits of the topics depend on; None where nothing is kept"
+    if torch.is_grad_enabled() or not isinstance(head, nn.Linear): return None
+    of = self.g, head.weight, head.bias, getattr(self, "omega_logit", None)
+    return *map(_version, of), torch.is_autocast_enabled(self.g.device.type)
+
+@method_of(TopicControl)
+def _keep(self, key, t):
+    self._cache = key, t, scaled(wide(t), float(self.omega))
+    return t
+
+@method_of(TopicControl)
 def topic_logits(self,
     head:nn.Module, # the output layer
 )->torch.Tensor: # (K, V) logits of the topics, the bias in them
-    "LMH(g); kept while there is no gradient and no weight changes"
-    if torch.is_grad_enabled() or not isinstance(head, nn.Linear): return head(self.g.to(self._like(head)))
-    key = *map(_version, (self.g, head.weight, head.bias)), torch.is_autocast_enabled(self.g.device.type)
-    if self._cache is None or self._cache[0] != key: self._cache = key, head(self.g.to(self._like(head)))
-    return self._cache[1]
+    "LMH(g)"
+    key = self._key(head)
+    if key and self._cache and self._cache[0] == key: return self._cache[1]
+    t = head(self.g.to(self._like(head)))
+    return self._keep(key, t) if key else t
 
 @property
 def _silent(self):
@@ -109,17 +121,18 @@ def _tied(self, x):
     "x with a gradient of zero to all weights"
     return x + 0*sum(p.sum() for p in self.parameters() if p.requires_grad).to(x.dtype) if torch.is_grad_enabled() else x
 
-# %% ../../nbs/klaft/02_topics.ipynb #eb2c2759
+# %% ../../nbs/klaft/02_topics.ipynb #222ce1d9
 @method_of(TopicControl)
 def base_and_topics(self,
     h:torch.Tensor, # (..., d)
     head:nn.Module, # the output layer
 )->tuple: # b (..., V), t (K, V)
-    "Logits of the base and of the topics; with a gradient by one product, since the weight is read once"
-    if not torch.is_grad_enabled(): return head(h), self.topic_logits(head)
+    "Logits of the base and of the topics, by one product if the topics' are not kept: the weight is read once"
+    key = self._key(head)
+    if key and self._cache and self._cache[0] == key: return head(h), self._cache[1]
     y = head(torch.cat([h.reshape(-1, h.shape[-1]), self.g.to(h.dtype)]))
     b, t = y.split([len(y) - self.num_topics, self.num_topics])
-    return b.reshape(*h.shape[:-1], -1), t
+    return b.reshape(*h.shape[:-1], -1), self._keep(key, t.clone()) if key else t
 
 @method_of(TopicControl)
 def hidden(self,
@@ -139,7 +152,8 @@ def log_probs(self,
     prior = self.log_prior(h)
     if self.transform != "addition": return naive_log_probs(h, head, prior, self.topics, self.omega, self.transform, self.softcap)
     b, t = self.base_and_topics(h, head)
-    return mixture_log_probs(b, t, prior, self.omega) if self.softcap is None else streamed_log_probs(b, t, prior, self.omega, self.softcap)
+    if self.softcap is not None: return streamed_log_probs(b, t, prior, self.omega, self.softcap)
+    return mixture_log_probs(b, t, prior, self.omega, self._cache[2] if self._key(head) else None)
 
 # %% ../../nbs/klaft/02_topics.ipynb #a25f4a01
 @method_of(TopicControl)
