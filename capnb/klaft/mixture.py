@@ -71,7 +71,7 @@ def streamed_log_probs(
         total = torch.logaddexp(total, log_prior[..., z+1:z+2] + log_softmax((1 - omega)*b + omega*t[z], softcap))
     return total
 
-# %% ../../nbs/klaft/00_mixture.ipynb #2f39ec59
+# %% ../../nbs/klaft/00_mixture.ipynb #6cafd09f
 Z_MIN, S_MIN = 1e-24, 1e-30  # below these, terms lost in fp32 could be seen
 
 def scaled(
@@ -80,11 +80,10 @@ def scaled(
 )->tuple: # maxima (N, 1), then exp(weight (x - maximum)) (N, V) for each weight
     "E, R and F of the factored mixture"
     m = x.amax(-1, keepdim=True)
-    D = x - m
-    if len(weights) == 1: return m, D.mul_(weights[0]).exp_()
-    return m, *torch.mul(D, D.new_tensor(weights)[:, None, None]).exp_()
+    D, *rest = [x - m] + list(weights[:-1])
+    return m, *[(D*w).exp_() for w in rest], D.mul_(weights[-1]).exp_()
 
-# %% ../../nbs/klaft/00_mixture.ipynb #973a8e72
+# %% ../../nbs/klaft/00_mixture.ipynb #15b71099
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx, b, t, log_prior, omega, shared):
@@ -98,25 +97,34 @@ class _Mixture(torch.autograd.Function):
         if not safe.all(): safe = (Z >= Z_MIN).all(-1) & (S.amin(-1) >= least)
         ctx.save_for_backward(b, t, m, n, F, Z, A, safe)
         ctx.mark_non_differentiable(safe)
-        return S.log_().add_(b - m, alpha=1 - w), safe
+        return S.log_().add_(torch.sub(b, m, out=E), alpha=1 - w), safe
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, G, _):
         b, t, m, n, F, Z, A, safe = ctx.saved_tensors
+        g_b, N, U, g_omega = torch.empty_like(b), torch.zeros_like(t), torch.empty_like(Z), b.new_zeros(())
+        rows = max(1, min(len(b)//8, 2**(19 if b.device.type == "cpu" else 24)//b.shape[1]))  # at once, to take little memory
         with torch.autocast(b.device.type, enabled=False):
-            Z, A = Z.where(safe[:, None], 1), A.where(safe[:, None], 0)
-            _, E, R = scaled(b, 1 - ctx.w, ctx.w)
-            S = (A[:, :1]*R).addmm_(A[:, 1:], F)
-            H = G/S.masked_fill_(~safe[:, None], 1)                  # (T, V)
-            HR = H.mul(R).mul_(A[:, :1])                             # G q_0
-            U = torch.cat([HR.sum(-1, keepdim=True), A[:, 1:]*(H @ F.T)], 1)  # (T, K+1)
-            C = U/Z
-            lifted = G - HR - E*(C[:, 1:] @ F)                       # (T, V) what the topics pass on
-            N = F*(A[:, 1:].T @ H - C[:, 1:].T @ E)                  # (K, V)
-            g_omega = ((t - n)*N).sum() - ((b - m)*lifted).sum() if ctx.needs_input_grad[3] else None
-            g_b = lifted.mul_(1 - ctx.w).add_(HR).sub_(E.mul_(R).mul_(C[:, :1]))
-            return g_b, ctx.w*N, U, g_omega, None
+            for i in range(0, len(b), rows):
+                i = slice(i, i + rows)
+                g_b[i], N_i, U[i], g_i = _backward(ctx.w, ctx.needs_input_grad[3], F, G[i], *(x[i] for x in (b, m, Z, A, safe)))
+                N += N_i; g_omega += g_i
+            if ctx.needs_input_grad[3]: g_omega += ((t - n)*N).sum()
+        return g_b, N.mul_(ctx.w), U, g_omega, None
+
+def _backward(w, learned, F, G, b, m, Z, A, safe):
+    Z, A = Z.where(safe[:, None], 1), A.where(safe[:, None], 0)
+    _, E, R = scaled(b, 1 - w, w)
+    S = (A[:, :1]*R).addmm_(A[:, 1:], F).masked_fill_(~safe[:, None], 1)
+    H = torch.div(G, S, out=S)                                       # (T, V)
+    HR = H.mul(R).mul_(A[:, :1])                                     # G q_0
+    U = torch.cat([HR.sum(-1, keepdim=True), A[:, 1:]*(H @ F.T)], 1) # (T, K+1)
+    C = U/Z
+    lifted = G - HR - (C[:, 1:] @ F).mul_(E)                         # (T, V) what the topics pass on
+    N = (A[:, 1:].T @ H).sub_(C[:, 1:].T @ E).mul_(F)                # (K, V)
+    g_omega = -((b - m)*lifted).sum() if learned else 0
+    return lifted.mul_(1 - w).add_(HR).sub_(E.mul_(R).mul_(C[:, :1])), N, U, g_omega
 
 # %% ../../nbs/klaft/00_mixture.ipynb #0a7dbbe5
 def mixture_log_probs(

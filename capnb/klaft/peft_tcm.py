@@ -94,7 +94,7 @@ def uncap(
     y = log_p - (log_p.amax(-1, keepdim=True) + log_p.amin(-1, keepdim=True))/2
     return s*torch.atanh((y/s).clamp(-1 + 1e-6, 1 - 1e-6))
 
-# %% ../../nbs/klaft/12_peft_tcm.ipynb #e26b8df1
+# %% ../../nbs/klaft/12_peft_tcm.ipynb #4c17c5a9
 class TCMLayer(nn.Module, BaseTunerLayer):
     "An output layer or final norm with topics."
     adapter_layer_names = ("tcm_control",)
@@ -121,6 +121,7 @@ class TCMLayer(nn.Module, BaseTunerLayer):
         if c.mixture == "hidden": return c.hidden(self.base_layer(x, *args, **kw))
         head, wide = self.base_layer, x
         if c.transform == "affine" and x.dtype != c.g.dtype: head, wide = lambda v: self.base_layer(v.to(x.dtype)), x.to(c.g.dtype)  # its matrices are fp32
+        if c.transform == "addition" and not torch.is_grad_enabled(): c.topic_logits(head)  # kept before, so that two equal calls give equal bits
         log_p = c.log_probs(wide, head)                                    # (…, V)
         return uncap(log_p, c.softcap) if c.softcap else log_p
 
