@@ -23,7 +23,7 @@ from .llava import LlavaCaptioner
 # %% ../../nbs/models/05_load.ipynb #0c4c9660
 BASES = Registry("base", {"tiny": "capnb.models.tiny:load_tiny", "tiny@1": "capnb.models.tiny:load_tiny", "smol": "capnb.models.smol:load_smol",
                           "tiny-qformer": "capnb.models.siblings:load_tiny_qformer", "tiny-encdec": "capnb.models.siblings:load_tiny_encdec"}, "capnb.bases")  # name -> function giving a captioner
-FOLDERS = Registry("kind of folder", {"classical.json": "capnb.models.features:load_classical", "smol.json": "capnb.models.smol:load_smol"}, "capnb.folders")  # a file in it -> function that reads the folder
+FOLDERS = Registry("kind of folder", {"classical.json": "capnb.models.features:load_classical", "smol.json": "capnb.models.smol:load_smol", "klaft.json": "capnb.klaft.captioner:load_klaft"}, "capnb.folders")  # a file in it -> function that reads the folder
 
 # %% ../../nbs/models/05_load.ipynb #f01afde7
 FAMILIES = {"llava": LlavaCaptioner, "blip": CrossCaptioner, "vision-encoder-decoder": CrossCaptioner}  # model type -> class; all others: HFCaptioner

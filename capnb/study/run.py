@@ -37,7 +37,7 @@ from ..tune.names import label, runnable
 from ..tune.remedies import apply_remedies, split_method
 
 # %% ../../nbs/study/06_run.ipynb #d9cb42c9
-RATES = dict(prompt=.1, prompt_tuning=.03, prefix=.3, lora=3e-3, rslora=1e-3, dora=1e-2, qlora=3e-3, ia3=.1, bias=.1, adapter=1e-2, full=1e-3)
+RATES = dict(prompt=.1, prompt_tuning=.03, prefix=.3, lora=3e-3, rslora=1e-3, dora=1e-2, qlora=3e-3, ia3=.1, bias=.1, adapter=1e-2, full=1e-3, tcm=.1, klaft=3e-3)
 SETTINGS = {m:dict(r=16, alpha=32, targets=EVERY) for m in ('lora','rslora','dora','qlora')}
 
 def rate(

@@ -449,7 +449,7 @@ class Full(Tuned):
 METHODS = Registry("method", {n: f"capnb.tune.{c}" for n, c in dict(
     zero_shot="methods:ZeroShot", prompt_sweep="prompt_sweep:PromptSweep", prompt="methods:Prompt", prompt_tuning="kinds:PromptTuning", prefix="prefix:Prefix",
     lora="methods:Lora", rslora="kinds:RsLora", dora="kinds:Dora", qlora="kinds:Qlora", ia3="kinds:Ia3", bias="kinds:Bias", adapter="bottleneck:Bottleneck",
-    full="methods:Full").items()}, "capnb.methods")
+    full="methods:Full").items()} | dict(tcm="capnb.klaft.method:Tcm", klaft="capnb.klaft.klaft_method:Klaft"), "capnb.methods")
 
 def attach(
     captioner: Captioner,  # the base

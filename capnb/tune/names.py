@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 # %% ../../nbs/tune/09_names.ipynb #5bf4bac0
 LABELS = dict(zero_shot='zero-shot', prompt_sweep='zero-shot, best prompt', prompt='prompt learning', prompt_tuning='prompt tuning', prefix='prefix tuning', lora='LoRA',
-              rslora='rsLoRA', dora='DoRA', qlora='QLoRA', ia3='IA3', bias='bias tuning', adapter='bottleneck adapter', full='full fine-tuning')
+              rslora='rsLoRA', dora='DoRA', qlora='QLoRA', ia3='IA3', bias='bias tuning', adapter='bottleneck adapter', full='full fine-tuning', tcm='TCM', klaft='KLAFT')
 REMEDY_LABELS = dict(rehearse1='1 % rehearsal', rehearse5='5 % rehearsal', rehearse20='20 % rehearsal', l2sp='L2-SP', distil='distillation', early='early stopping', low_lr='lower rate')
 
 def label(
