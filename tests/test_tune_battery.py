@@ -47,7 +47,7 @@ def test_every_listed_method_is_tested(root):
 def test_stored_table_has_no_fault_and_refuses_little(root):
     marks = read_json(root / "nbs/results/methods_families.json")["marks"]
     tier_1 = [f for f in TIERS if TIERS[f] == 1]
-    allowed = {"prompt": {"merged"}, "prompt_tuning": {"merged"}, "prefix": {"merged"}, "adapter": {"merged"}, "bias": {"merged"}, "qlora": {"attach", "merged"},
+    allowed = {"prompt": {"merged"}, "prompt_tuning": {"merged"}, "prefix": {"merged"}, "adapter": {"merged"}, "bias": {"merged"}, "qlora": {"attach", "merged"}, "tcm": {"merged"}, "klaft": {"attach", "merged"},
                "zero_shot": {"acts", "half_way", "gradients", "checkpointing"}, "prompt_sweep": {"half_way", "gradients", "checkpointing"}}
     for f, row in marks.items():
         for m, found in row.items():

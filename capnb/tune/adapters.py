@@ -49,6 +49,7 @@ class Adapter(PeftTuned):
         from peft import PeftModel
         folder = Path(path)
         settings, file = read_json(folder / "adapter_config.json"), tensors_of(folder / "adapter_model.safetensors")
+        if settings.get("peft_type") == "TCM": METHODS.load("tcm")  # makes it known to peft
         self.__dict__["bare"] = Bare(self.captioner.model, settings.get("bias") not in (None, "none"))
         self.__dict__["mixed"] = bool(self.bare.biases or settings.get("modules_to_save"))
         try:
