@@ -10,7 +10,7 @@ from ..core.errors import ConfigError
 from .peft_tcm import TCMConfig, TCMLayer
 from .topics import TopicControl, TopicMap, init_topics, topic_map, topic_words
 from ..models.captioner import method_of
-from ..tune.methods import METHODS, PeftTuned, attach, no_future
+from ..tune.methods import PeftTuned, no_future
 
 # %% ../../nbs/klaft/13_method.ipynb #1d811a81
 class Tcm(PeftTuned):
