@@ -189,6 +189,17 @@ def test_kept_topics_follow_the_weights():
     assert c.topic_logits(nn.Sequential(head)).shape == (3, 90)  # not a plain layer: nothing is kept
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kw", [{}, dict(learn_omega=True), dict(softcap=5.), dict(transform="affine"), dict(mixture="hidden")])
+def test_equal_calls_give_equal_bits(kw):
+    "The first call, which keeps the topics' logits, and those that use them."
+    head, c, h, x = layer(64, 3000), control(64, 7, **kw), draw(9, 64, seed=2), torch.arange(9)
+    first, q = c.log_probs(h, head), c.posterior(h, head, x)
+    c._cache = None
+    assert torch.equal(c.posterior(h, head, x), q)
+    for _ in range(2): assert torch.equal(c.log_probs(h, head), first)
+
+
 def test_a_squeezed_model():
     "Gemma-2's squeeze belongs to every component; with no topic the mixture is the model."
     transformers = pytest.importorskip("transformers")
