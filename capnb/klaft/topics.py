@@ -80,7 +80,7 @@ def log_prior(self,
         a = torch.tensor(float(self.alpha))
         return torch.cat([(1 - a + a*log_pi[..., :1].exp()).log(), a.log() + log_pi[..., 1:]], -1)
 
-# %% ../../nbs/klaft/02_topics.ipynb #726b035d
+# %% ../../nbs/klaft/02_topics.ipynb #cc3b07f6
 def _version(p):
     "Tells whether a weight has changed; the sample is for changes through `.data`, which are not counted"
     return None if p is None else (p.data_ptr(), p._version, p.device, p.dtype, p.detach().flatten()[::p.numel()//4096 + 1].double().sum().item())
@@ -98,11 +98,6 @@ def _key(self, head):
     return *map(_version, of), torch.is_autocast_enabled(self.g.device.type)
 
 @method_of(TopicControl)
-def _keep(self, key, t):
-    self._cache = key, t, scaled(wide(t), float(self.omega))
-    return t
-
-@method_of(TopicControl)
 def topic_logits(self,
     head:nn.Module, # the output layer
 )->torch.Tensor: # (K, V) logits of the topics, the bias in them
@@ -110,7 +105,8 @@ def topic_logits(self,
     key = self._key(head)
     if key and self._cache and self._cache[0] == key: return self._cache[1]
     t = head(self.g.to(self._like(head)))
-    return self._keep(key, t) if key else t
+    if key: self._cache = key, t, scaled(wide(t), float(self.omega))
+    return t
 
 @property
 def _silent(self):
@@ -123,18 +119,17 @@ def _tied(self, x):
     "x with a gradient of zero to all weights"
     return x + 0*sum(p.sum() for p in self.parameters() if p.requires_grad).to(x.dtype) if torch.is_grad_enabled() else x
 
-# %% ../../nbs/klaft/02_topics.ipynb #222ce1d9
+# %% ../../nbs/klaft/02_topics.ipynb #68a942f9
 @method_of(TopicControl)
 def base_and_topics(self,
     h:torch.Tensor, # (..., d)
     head:nn.Module, # the output layer
 )->tuple: # b (..., V), t (K, V)
-    "Logits of the base and of the topics, by one product if the topics' are not kept: the weight is read once"
-    key = self._key(head)
-    if key and self._cache and self._cache[0] == key: return head(h), self._cache[1]
+    "Logits of the base and of the topics; with a gradient by one product, without by two, so that equal calls give equal bits"
+    if not torch.is_grad_enabled(): return head(h), self.topic_logits(head)
     y = head(torch.cat([h.reshape(-1, h.shape[-1]), self.g.to(h.dtype)]))
     b, t = y.split([len(y) - self.num_topics, self.num_topics])
-    return b.reshape(*h.shape[:-1], -1), self._keep(key, t.clone()) if key else t
+    return b.reshape(*h.shape[:-1], -1), t
 
 @method_of(TopicControl)
 def hidden(self,
