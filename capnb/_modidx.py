@@ -904,7 +904,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'capnb.klaft.topics.TopicMap.lift': ('klaft/topics.html#topicmap.lift', 'capnb/klaft/topics.py'),
                                     'capnb.klaft.topics.TopicMap.to_json': ('klaft/topics.html#topicmap.to_json', 'capnb/klaft/topics.py'),
                                     'capnb.klaft.topics.TopicMap.topics': ('klaft/topics.html#topicmap.topics', 'capnb/klaft/topics.py'),
-                                    'capnb.klaft.topics._keep': ('klaft/topics.html#_keep', 'capnb/klaft/topics.py'),
                                     'capnb.klaft.topics._key': ('klaft/topics.html#_key', 'capnb/klaft/topics.py'),
                                     'capnb.klaft.topics._like': ('klaft/topics.html#_like', 'capnb/klaft/topics.py'),
                                     'capnb.klaft.topics._omega': ('klaft/topics.html#_omega', 'capnb/klaft/topics.py'),

@@ -108,7 +108,7 @@ def _open_store(p):
     kind = p.suffix.lower()
     if kind not in (".npz", ".h5", ".hdf5"): raise DataError(f"features are not read from {kind or 'a file without ending'}", where=p, expected="a folder, .npz, .h5 or .hdf5")
     try:
-        if kind != ".npz": return require("h5py").File(p, "r")
+        if kind != ".npz": return require("h5py", "regions").File(p, "r")
         z = np.load(p, allow_pickle=False)
         return {n: z[n] for n in z.files} if "features" in z.files else z
     except _TORN as e: raise DataError(f"this file cannot be read: {e}", where=p, do="copy it again") from e

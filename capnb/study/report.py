@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'STYLE', 'caption_html', 'cell', 'main_table', 'picture', 'side_by_side', 'image_data', 'learning_curves',
-           'all_metrics', 'command', 'settings', 'answer_html', 'write_report']
+           'all_metrics', 'command', 'settings', 'answer_html', 'topic_sections', 'write_report']
 
 # %% ../../nbs/study/04_report.ipynb #6fc47211
 import base64, shlex
@@ -274,6 +274,21 @@ def answer_html(
     body = ''.join(f'<h3>{esc(h)}</h3>' + ''.join(f'<p>{esc(x)}</p>' for x in lines) for h,lines in parts.items())
     return f'{state}<div class="answer">{body}</div>'
 
+# %% ../../nbs/study/04_report.ipynb #878b64c0
+def topic_sections(
+    page:Page, # to add to
+    study # `Study`
+)->None:
+    "Topics of every method that has some, from its first run"
+    found = [(m, r['study']['topics']) for m in study.methods for r in study.of(m)[:1] if r['study'].get('topics')]
+    if not found: return
+    from capnb.klaft.topic_page import TOPIC_STYLE, topics_html, caption_html as topic_card
+    before = {x['id']:x['caption'] for r in study.of('zero_shot') for x in r['study'].get('samples') or [] if x['domain']=='target'}
+    page.style += TOPIC_STYLE
+    for m,t in found:
+        cards = [topic_card(dict(id=x['id'], map=[*zip(x['map']['words'], x['map']['prior'], x['map']['posterior'])], before=before.get(x['id']))) for x in t['maps']]
+        page.section(f'Topics of {label(m)}', 'The words that each topic makes likely, and how far topics, not the base, account for the words of some captions.', *([topics_html(t['words'])] if t['words'] else []), *cards)
+
 # %% ../../nbs/study/04_report.ipynb #c91b613a
 def write_report(
     folder # of the study
@@ -289,6 +304,7 @@ def write_report(
         for title,html in [('Table', main_table(study, summary)), ('Gain and retention', picture(study, summary)), ('The same images, side by side', side_by_side(study)),
                 ('Learning curves', learning_curves(study)), ('All metrics', details('every metric on every domain', Html(all_metrics(study)))), ('Settings and costs', settings(study))]:
             if html: page.section(title, Html(html))
+        topic_sections(page, study)
     page.section('Run it again', Html(_again(study)))
     return Path(page.write(study.folder/'index.html'))
 

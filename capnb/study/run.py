@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RATES', 'SETTINGS', 'rate', 'train_config', 'own_settings', 'source_pairs', 'tune', 'caption_file', 'evaluate',
-           'score_domain', 'score_controls', 'corpus_of', 'nearest', 'sample', 'Bench', 'bench', 'one_run', 'run_study']
+           'score_domain', 'score_controls', 'corpus_of', 'nearest', 'sample', 'topic_facts', 'Bench', 'bench',
+           'one_run', 'run_study']
 
 # %% ../../nbs/study/06_run.ipynb #37bcf6dc
 import dataclasses, hashlib, json, shutil, time, traceback
@@ -254,6 +255,20 @@ def _missed(statements):
     n = len(statements)-len(named)
     return named + [f"{n} attribute{'s'[:n>1]}"]*bool(n)
 
+# %% ../../nbs/study/06_run.ipynb #4c30033a
+def topic_facts(
+    tuned, # `Tuned`
+    domain, # `Domain`
+    rows:list, # images that are shown
+    said:dict, # id -> caption, of this fold
+    n:int=4 # captions at most
+)->dict: # words of each topic, and topic maps; None for a method without topics
+    "What a method with topics shows of them"
+    if getattr(tuned, 'topics_of', None) is None: return None
+    shown = [i for i in rows if said.get(domain.ids[i], '').strip()][:n]
+    words = tuned.words(8) if tuned.control.transform=='addition' and tuned.control.num_topics else []
+    return plain(dict(words=words, maps=[dict(id=domain.ids[i], map=tuned.topics_of(domain.records[i], said[domain.ids[i]]).to_json()) for i in shown]))
+
 # %% ../../nbs/study/06_run.ipynb #61bc45bb
 @dataclasses.dataclass
 class Bench:
@@ -285,7 +300,7 @@ def one_run(
     print_:str # its fingerprint
 )->dict: # the result
     "Train, caption, score and trace one run"
-    start,said,likely,history,trained = time.monotonic(),{d:{} for d in b.sets.domains},{},[],0.
+    start,said,likely,history,trained,topics = time.monotonic(),{d:{} for d in b.sets.domains},{},[],0.,None
     home = b.folder/'runs'/f'{run.name}-{print_}'
     for f,pairs in enumerate(b.pairs):
         began = time.monotonic()
@@ -294,11 +309,14 @@ def one_run(
         try:
             facts = _facts(tuned, home/f'fold{f}', run.adapter)
             c,l = evaluate(tuned, b.sets, f, b.folder/'captions'/f'{run.name}-{print_}', b.plan, b.own)
+            topics = topics or topic_facts(tuned, b.sets.domains['target'], b.rows['target'], c['target'])
         finally: tuned.detach()
         for d in c: said[d].update(c[d])
         likely.update(l)
     if run.method=='zero_shot': b.own = (b.sets.kept[0], said[b.sets.kept[0]])
-    return _result(b, run, print_, said, likely, history, facts, trained, time.monotonic()-start)
+    out = _result(b, run, print_, said, likely, history, facts, trained, time.monotonic()-start)
+    if topics: out['study']['topics'] = topics
+    return out
 
 # %% ../../nbs/study/06_run.ipynb #161b090c
 def _facts(tuned, home, adapter=None):
