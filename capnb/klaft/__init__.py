@@ -2,7 +2,8 @@
 from capnb._lazy import lazy
 
 lazy(__name__,
-     topics="TopicControl TopicMap init_topics topic_share topic_map topic_words",
+     mixture="topic_hidden naive_log_probs mixture_log_probs hidden_mixture", fused="mixture_nll",
+     topics="TopicControl TopicMap init_topics topic_share topic_shares topic_map topic_words",
      mapping="MappingLayer RegionFeatures region_features",
      masks="dependent_mask independent_mask combined_masks leaks",
      mam="ModifiedAttention",
