@@ -75,4 +75,4 @@ def topics_of(self,
     caption: str,  # written or given
 ) -> TopicMap:
     "The topics of a caption's words."
-    with self.off(): return topic_map(self.captioner, self.control, image, caption)
+    with Tcm.off(self): return topic_map(self.captioner, self.control, image, caption)  # only the topics are off: `klaft` has more

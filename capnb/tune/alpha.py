@@ -153,10 +153,11 @@ AlphaCurve.to_json, AlphaCurve.from_json = to_json, staticmethod(from_json)
 # %% ../../nbs/tune/07_alpha.ipynb #f5122eaf
 def pareto(
     points,  # (x, y) pairs, more of both is better; None or NaN where not measured
+    finite: bool = True,  # leave out what is infinite, too
 ) -> list:  # numbers of the points that no other beats, by x
     "The Pareto front, in n log n steps."
     points, out, top = list(points), [], -math.inf
-    order = sorted((i for i, p in enumerate(points) if all(v is not None and math.isfinite(v) for v in p)), key=lambda i: (-points[i][0], i))
+    order = sorted((i for i, p in enumerate(points) if all(v is not None and not math.isnan(v) and not (finite and math.isinf(v)) for v in p)), key=lambda i: (-points[i][0], i))
     for _, same in groupby(order, key=lambda i: points[i][0]):
         same = list(same)
         y = max(points[i][1] for i in same)
@@ -168,7 +169,7 @@ def front(
 ) -> list:  # those that no other beats, by falling keep, each once
     "The Pareto-optimal points."
     points = list(map(tuple, points))
-    return list(dict.fromkeys(points[i] for i in reversed(pareto(points))))
+    return list(dict.fromkeys(points[i] for i in reversed(pareto(points, finite=False))))
 
 def hypervolume(
     points: list,  # of (keep, gain)
