@@ -51,7 +51,7 @@ def pool_tokens(
     logit = top + zero.index_add(0, caption, (z - top[caption]).exp()).log()
     return logit - words.log() if aggregate == "mean" else logit
 
-# %% ../../nbs/fsc_clip/01_local_loss.ipynb #ef760edb
+# %% ../../nbs/fsc_clip/01_local_loss.ipynb #068b68b9
 def _cosines(v, t, attention, patch_mask): # (N, P, D), (N, W, D) -> (N, W)
     a = attention_weights((t @ v.transpose(1, 2)).detach(), attention, patch_mask)  # (N, W, P)
     return (direction(a @ v)*direction(t)).sum(-1)
@@ -81,6 +81,7 @@ def local_similarity(
         if owner is not None:
             owner = owner_index(owner, N, B, v.device)
             v, patch_mask = v[owner], None if patch_mask is None else patch_mask[owner]
+        if patch_mask is not None: v = v.masked_fill(~patch_mask.bool()[..., None], 0)
         cosine = _cosines(v, t.masked_fill(~mask[..., None], 0), attention, patch_mask)  # (N, T)
         return pool_tokens(cosine[mask], mask.nonzero()[:, 0], N, s.squeeze(), aggregate)
 
