@@ -83,7 +83,7 @@ def clip_loss(
         v, t, s = _units((image, text), scale)
         return score_loss(s*(v @ t.T))  # (B, B)
 
-# %% ../../nbs/fsc_clip/00_global_loss.ipynb #2a7cff4d
+# %% ../../nbs/fsc_clip/00_global_loss.ipynb #4520390c
 def calibrated_rows(
     positive: torch.Tensor,  # (B,) logits of the right captions
     negative: torch.Tensor,  # (M,) logits of the negatives, each with its own image
@@ -97,7 +97,7 @@ def calibrated_rows(
     top = positive.detach().scatter_reduce(0, owner, negative.detach(), "amax")  # (B,)
     log_z = top + (positive - top).exp().index_add(0, owner, (negative - top[owner]).exp()).log()  # (B,)
     def term(log_p, y): return -(-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)**gamma*y*log_p
-    share = (beta/(1 + K)).to(positive.dtype)
+    share = beta/(1 + K.to(positive.dtype))
     rows = term(positive - log_z, 1 - beta + share).index_add(0, owner, term(negative - log_z[owner], share[owner]))  # (B,)
     return torch.where(K > 0, rows, 0), K
 
