@@ -15,7 +15,7 @@ from .gather import fair_share, gathered_clip_loss, processes
 from .global_loss import clip_loss, global_hard_negative_loss, owner_index
 from .local_loss import AGGREGATES, ATTENTIONS
 
-# %% ../../nbs/fsc_clip/04_objective.ipynb #66136931
+# %% ../../nbs/fsc_clip/04_objective.ipynb #6b7bf1b3
 def fsc_clip_terms(
     image: torch.Tensor,  # (B, D) images
     text: torch.Tensor,  # (B, D) their captions
@@ -43,6 +43,7 @@ def fsc_clip_terms(
         terms["local"] = share*local_hard_negative_loss(patches, tokens, mask, negative_tokens, negative_mask, owner, s, gamma, beta, **options)
     return terms
 
+# %% ../../nbs/fsc_clip/04_objective.ipynb #9ddcdf9a
 def fsc_clip_loss(
     image: torch.Tensor,  # (B, D) images
     text: torch.Tensor,  # (B, D) their captions
