@@ -8,7 +8,7 @@ from conftest import ROOT, python_env
 from torch.nn import functional as F
 
 import capnb.fsc_clip as fsc
-from capnb.core.errors import CapnbError, ConfigError, DataError
+from capnb.core.errors import CapnbError
 from capnb.fsc_clip.fused import saved_bytes
 from capnb.models.dual import OpenClipDual, build_open_clip
 
