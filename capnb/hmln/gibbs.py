@@ -89,7 +89,7 @@ def diagnose(
     ess = torch.where(same | (sb2 <= 0), torch.full_like(m, float(T*B*length)), T*B*s2/sb2.clamp_min(1e-300)).clamp_max(T*B*length)
     return tuple(v.cpu().numpy() for v in (m, (sb2/(T*B)).sqrt(), ess, rhat))
 
-# %% ../../nbs/hmln/14_gibbs.ipynb #269f07c2
+# %% ../../nbs/hmln/14_gibbs.ipynb #a9510c49
 class Samples:
     "What a run gives: `states` (S, n) uint8, `marginals`, and `x` (n + 1, B), where the chains stand"
     def __init__(self, states, marginals, x): self.states,self.marginals,self.x = states,marginals,x
@@ -111,9 +111,9 @@ def gibbs(
     T = max(4, min(20, sweeps//10)); length = max(1, sweeps//T)
     mean = torch.zeros(T, net.n, chains, dtype=torch.float64, device=device); square,states = mean.clone(),[]
     for t in range(T*length):
-        p = sweep(x, rng); mean[t//length] += p/length; square[t//length] += p*p/length
+        p = sweep(x, rng); mean[t//length] += p; square[t//length] += p*p
         if t % thin == thin - 1: states.append(x[:-1].T.to('cpu', torch.uint8))
-    m,error,ess,rhat = diagnose(mean, square, length)
+    m,error,ess,rhat = diagnose(mean/length, square/length, length)
     out = Marginals(m, exact=False, error=error, ess=ess, rhat=rhat, method='Gibbs')
     return Samples(torch.cat(states).numpy() if states else np.zeros((0, net.n), np.uint8), out, x)
 
