@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['colours', 'Sweep', 'diagnose', 'Samples', 'gibbs', 'importance', 'anneal', 'solve']
 
-# %% ../../nbs/hmln/14_gibbs.ipynb #2af9f938
-import math
+# %% ../../nbs/hmln/14_gibbs.ipynb #74ae2338
+import functools, math
 import numpy as np
 import torch
 from ..core.errors import ConfigError
@@ -71,7 +71,7 @@ def _sweep(self,
 
 Sweep.__call__ = _sweep
 
-# %% ../../nbs/hmln/14_gibbs.ipynb #ad8dc3a0
+# %% ../../nbs/hmln/14_gibbs.ipynb #4298f529
 def diagnose(
     mean, # (T, n, B) means of T batches of B chains
     square, # (T, n, B) means of the squares
@@ -81,19 +81,30 @@ def diagnose(
     T,n,B = mean.shape
     m = mean.mean((0, 2))
     s2 = (square.mean((0, 2)) - m*m).clamp_min(0)
-    sb2 = ((mean - m[:, None])**2).sum((0, 2))/(T*B - 1)
+    var = lambda v: ((v - m[:, None])**2).sum((0, 2))/max(v.shape[0]*v.shape[2] - 1, 1)
+    error2 = torch.maximum(var(mean)/(T*B), var(mean.mean(0, keepdim=True))/B)  # batches of a chain may hang together: chains count too
     half = lambda v: torch.cat([v[:T//2].mean(0), v[T - T//2:].mean(0)], 1)  # (n, 2B)
     hm = half(mean); within = (half(square) - hm*hm).clamp_min(0).mean(1); between = hm.var(1)
     same = s2 <= 1e-15
     rhat = torch.where(same, torch.ones_like(m), (1 - 1/(T//2*length) + between/within.clamp_min(1e-300)).sqrt())
-    ess = torch.where(same | (sb2 <= 0), torch.full_like(m, float(T*B*length)), T*B*s2/sb2.clamp_min(1e-300)).clamp_max(T*B*length)
-    return tuple(v.cpu().numpy() for v in (m, (sb2/(T*B)).sqrt(), ess, rhat))
+    ess = torch.where(same, torch.full_like(m, float(T*B*length)), s2/error2.clamp_min(1e-300)).clamp_max(T*B*length)
+    return tuple(v.cpu().numpy() for v in (m, error2.sqrt(), ess, rhat))
 
-# %% ../../nbs/hmln/14_gibbs.ipynb #a9510c49
+# %% ../../nbs/hmln/14_gibbs.ipynb #0d83d124
+def _one_thread(f):
+    @functools.wraps(f)
+    def run(*args, **options):
+        threads = torch.get_num_threads()
+        try: torch.set_num_threads(1); return f(*args, **options)
+        finally: torch.set_num_threads(threads)
+    return run
+
+# %% ../../nbs/hmln/14_gibbs.ipynb #73730258
 class Samples:
     "What a run gives: `states` (S, n) uint8, `marginals`, and `x` (n + 1, B), where the chains stand"
     def __init__(self, states, marginals, x): self.states,self.marginals,self.x = states,marginals,x
 
+@_one_thread
 def gibbs(
     net:GroundNetwork, # n atoms
     chains:int=64, # B
@@ -133,7 +144,8 @@ def importance(
     said = dict(exact=False, ess=float(ess), method='importance weights')
     return LogZ(ratio, error=math.sqrt(max(0., 1/ess - 1/len(x))), **said), Marginals(p, error=np.sqrt((w*w)@(to - p)**2), **said)
 
-# %% ../../nbs/hmln/14_gibbs.ipynb #31c46e29
+# %% ../../nbs/hmln/14_gibbs.ipynb #9c7275a3
+@_one_thread
 def anneal(
     net:GroundNetwork, # n atoms
     chains:int=256, # B

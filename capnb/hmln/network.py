@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SOLVERS', 'WIDTH', 'MapResult', 'LogZ', 'Marginals', 'GroundNetwork', 'enumerate_states', 'solve']
 
-# %% ../../nbs/hmln/10_network.ipynb #08251c53
+# %% ../../nbs/hmln/10_network.ipynb #2a927462
 import json, math
+from importlib.util import find_spec
 from dataclasses import dataclass
 import numpy as np
 from ..core.errors import ConfigError, DataError
@@ -150,7 +151,7 @@ def _clamp(self,
 
 GroundNetwork.score,GroundNetwork.clamp = _score,_clamp
 
-# %% ../../nbs/hmln/10_network.ipynb #e7886910
+# %% ../../nbs/hmln/10_network.ipynb #10a8d9ce
 def enumerate_states(
     net:GroundNetwork, # at most 20 free atoms
     most:int=20 # refuse more free atoms than this
@@ -160,7 +161,7 @@ def enumerate_states(
     if k > most: raise ConfigError(f'{k} free atoms have too many states to list', expected=f'at most {most}')
     x = np.tile(np.maximum(net.fixed, 0), (2**k, 1))  # (2^k, n)
     x[:, net.free] = np.arange(2**k)[:, None] >> np.arange(k) & 1
-    s = net.score(x)  # (2^k,)
+    s = np.concatenate([net.score(c) for c in np.array_split(x, 1 + 2**k//4096)])  # (2^k,)
     top,p = s.max(),np.exp(s - s.max())
     return MapResult(float(top), x[s.argmax()].astype(int), method='enumeration'), LogZ(top + math.log(p.sum()), method='enumeration'), Marginals(p@x/p.sum(), method='enumeration')
 
@@ -194,7 +195,7 @@ def _part(self,
 
 GroundNetwork.components,GroundNetwork.part = _components,_part
 
-# %% ../../nbs/hmln/10_network.ipynb #094df2be
+# %% ../../nbs/hmln/10_network.ipynb #a4431131
 SOLVERS = Registry('solver', dict(elimination='capnb.hmln.fast:solve', milp='capnb.hmln.milp:solve', toulbar2='capnb.hmln.milp:solve_toulbar2', gibbs='capnb.hmln.gibbs:solve', enumeration='capnb.hmln.network:solve'))
 WIDTH = 18 # tables of elimination have at most 2^(WIDTH + 1) entries
 
@@ -215,7 +216,8 @@ def _answer(self, want, method, width, options):
     wide,narrow = _too_wide(self, width)
     if not len(wide): return SOLVERS.load('elimination')(self, want, width=width)
     a = SOLVERS.load('elimination')(self.part(narrow), want, width=width)
-    b = SOLVERS.load('milp' if want == 'map' else 'gibbs')(self.part(wide), want, **options)
+    other = 'gibbs' if want != 'map' else 'toulbar2' if find_spec('pytoulbar2') and 'backend' not in options else 'milp'
+    b = SOLVERS.load(other)(self.part(wide), want, **(dict(time_limit=60)|options if want == 'map' else options))
     said,method = dict(exact=a.exact and b.exact),f'elimination + {b.method}'
     if want == 'log_z': return LogZ(self.constant + a + b, **said, error=b.error, ess=b.ess, rhat=b.rhat, method=method)
     full = np.maximum(self.fixed, 0).astype(int if want == 'map' else float)
@@ -224,11 +226,11 @@ def _answer(self, want, method, width, options):
     for k,rest in (('error', 0.), ('ess', np.inf), ('rhat', 1.)): said[k] = np.full(self.n, rest); said[k][wide] = getattr(b, k)
     return Marginals(full, **said, method=method)
 
-# %% ../../nbs/hmln/10_network.ipynb #bc8b02bc
+# %% ../../nbs/hmln/10_network.ipynb #65109a9b
 def _map(self,
     method:str='auto', # a name of `SOLVERS`, or auto
     width:int=WIDTH, # widest elimination
-    **options # of the solver: time_limit (seconds), backend, seed ...
+    **options # of the solver: time_limit (whole seconds), backend ...
 )->MapResult:
     "The most probable state"
     return _answer(self, 'map', method, width, options)
