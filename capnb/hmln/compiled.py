@@ -27,7 +27,35 @@ def _join(n, edges, ptr, atoms):
                     deg[a] += 1; deg[b] += 1
     return joined, near, deg
 
-# %% ../../nbs/hmln/15_compiled.ipynb #e2c45301
+# %% ../../nbs/hmln/15_compiled.ipynb #659d0677
+_inline = require('numba.extending').register_jitable if importlib.util.find_spec('numba') else lambda f: f
+
+@_inline
+def _missing(joined, near, length, gone, u):
+    "Clean the list of u; how many joins its neighbours lack"
+    j = n = 0
+    for a in range(length[u]):
+        if not gone[near[u, a]]: near[u, j] = near[u, a]; j += 1
+    length[u] = j
+    for a in range(j):
+        for b in range(a): n += 1 - joined[near[u, a], near[u, b]]
+    return n
+
+@_inline
+def _connect(joined, near, length, deg, dirty, atoms):
+    "Join all of `atoms`, whose common neighbour is removed; `dirty`: where joins may be missing no more"
+    for a in range(len(atoms)):
+        x = atoms[a]; deg[x] -= 1; dirty[x] = True
+        for b in range(a):
+            y = atoms[b]
+            if joined[x, y]: continue
+            joined[x, y] = joined[y, x] = 1
+            near[x, length[x]] = y; near[y, length[y]] = x
+            length[x] += 1; length[y] += 1; deg[x] += 1; deg[y] += 1
+            for c in range(length[x]):
+                if joined[near[x, c], y]: dirty[near[x, c]] = True
+
+# %% ../../nbs/hmln/15_compiled.ipynb #a7dec3b8
 def _order(joined, near, deg, width):
     "Order of removal, where the neighbours of each begin, and they; fewer than all atoms if too wide"
     n = len(deg); length = deg.copy(); gone = deg == 0
@@ -36,8 +64,7 @@ def _order(joined, near, deg, width):
     missing,dirty = np.zeros(n, np.int64),np.ones(n, np.bool_)
     for v in range(n): stack[n - 1 - v] = v
     top,k = n,0
-    rest,left = np.flatnonzero(~gone),0
-    left = len(rest)
+    rest = np.flatnonzero(~gone); left = len(rest)
     while True:
         v = -1; easy = top > 0
         if easy:
@@ -51,13 +78,7 @@ def _order(joined, near, deg, width):
             for i in range(left):
                 u = rest[i]
                 if deg[u] > width or (v >= 0 and missing[v] == 0 and not dirty[v]): continue
-                if dirty[u]:
-                    j = 0
-                    for a in range(length[u]):
-                        if not gone[near[u, a]]: near[u, j] = near[u, a]; j += 1
-                    length[u] = j; missing[u] = 0; dirty[u] = False
-                    for a in range(j):
-                        for b in range(a): missing[u] += 1 - joined[near[u, a], near[u, b]]
+                if dirty[u]: missing[u] = _missing(joined, near, length, gone, u); dirty[u] = False
                 if v < 0 or missing[u] < missing[v]: v = u
             if v < 0: break
         j = s = start[k]
@@ -69,29 +90,18 @@ def _order(joined, near, deg, width):
                 for b in range(s, a): full = full and joined[scope[a], scope[b]]
             if not full: continue
         order[k] = v; k += 1; start[k] = j; gone[v] = True
-        for a in range(s, j):
-            x = scope[a]; deg[x] -= 1; dirty[x] = True
-            for b in range(s, a):
-                y = scope[b]
-                if joined[x, y]: continue
-                joined[x, y] = joined[y, x] = 1
-                near[x, length[x]] = y; near[y, length[y]] = x
-                length[x] += 1; length[y] += 1; deg[x] += 1; deg[y] += 1
-                for c in range(length[x]):
-                    if joined[near[x, c], y]: dirty[near[x, c]] = True
+        _connect(joined, near, length, deg, dirty, scope[s:j])
         for a in range(s, j):
             if not waits[scope[a]]: waits[scope[a]] = True; stack[top] = scope[a]; top += 1
     return order[:k], start[:k + 1], scope[:start[k]]
 
-# %% ../../nbs/hmln/15_compiled.ipynb #1da9bae2
+# %% ../../nbs/hmln/15_compiled.ipynb #fc5cdd08
 def _chain(owner, size):
     "Linked lists: the last item of each owner, and the item before each"
     head,before = np.full(size, -1, np.int64),np.full(len(owner), -1, np.int64)
     for i in range(len(owner)):
         if owner[i] >= 0: before[i] = head[owner[i]]; head[owner[i]] = i
     return head, before
-
-_inline = require('numba.extending').register_jitable if importlib.util.find_spec('numba') else lambda f: f
 
 @_inline
 def _index(idx, c, i, order, start, scope, bit):
@@ -210,7 +220,7 @@ class CompiledPlan:
         self.parts = lists, mask, order, start, scope, np.cumsum([0, *(1 << k)]), np.zeros(2 << self.width, np.int64), np.zeros(net.n, np.int64)
     def run(self, net): return CompiledPass(self, net)
 
-# %% ../../nbs/hmln/15_compiled.ipynb #2cfe4f52
+# %% ../../nbs/hmln/15_compiled.ipynb #c9485dba
 class CompiledPass:
     "The answers for one set of weights: `best` score, `log_z`, `state()` and `expect()`"
     def __init__(self,
@@ -229,5 +239,6 @@ class CompiledPass:
         return x, p, q
     def state(self): return self._back(False)[0]
     def expect(self):
+        "Probability that each atom, pair and larger conjunction is true"
         _,p,q = self._back(True); m = len(self.net.pair)
         return p, q[:m], q[m:-1]

@@ -195,13 +195,17 @@ def _part(self,
 
 GroundNetwork.components,GroundNetwork.part = _components,_part
 
-# %% ../../nbs/hmln/10_network.ipynb #a4431131
+# %% ../../nbs/hmln/10_network.ipynb #8de6f01c
 SOLVERS = Registry('solver', dict(elimination='capnb.hmln.fast:solve', milp='capnb.hmln.milp:solve', toulbar2='capnb.hmln.milp:solve_toulbar2', gibbs='capnb.hmln.gibbs:solve', enumeration='capnb.hmln.network:solve'))
 WIDTH = 18 # tables of elimination have at most 2^(WIDTH + 1) entries
 
-def solve(net, want, **options):
+def solve(
+    net:GroundNetwork, # network
+    want:str, # map, log_z or marginals
+    most:int=20 # refuse more free atoms than this
+): # MapResult, LogZ or Marginals
     "Solver of the table: enumeration"
-    return enumerate_states(net, **options)[('map', 'log_z', 'marginals').index(want)]
+    return enumerate_states(net, most)[('map', 'log_z', 'marginals').index(want)]
 
 def _too_wide(self, width):
     "Atoms of the components that elimination refuses, and all other free atoms"
