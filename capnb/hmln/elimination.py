@@ -23,10 +23,10 @@ def neighbours(
         for a in c: near[a].discard(a)
     return near
 
-# %% ../../nbs/hmln/11_elimination.ipynb #32e8d7ac
-def _peel(near, level, take, width):
+# %% ../../nbs/hmln/11_elimination.ipynb #3aa43a23
+def _peel(near, level, order, scope, width):
     "Remove in rounds the atoms whose removal joins nothing, or one pair"
-    front,touched,turn = sorted((v for v,a in enumerate(near) if a), key=lambda v: len(near[v])),[0]*len(near),0
+    front,touched,turn = [v for v,a in enumerate(near) if a],[0]*len(near),0
     while front:
         turn,later = turn + 1,[]
         for v in front:
@@ -37,32 +37,34 @@ def _peel(near, level, take, width):
             if d > 6 or d > width: continue
             if d == 2: a,b = mine; near[a].add(b); near[b].add(a)
             elif d > 2 and sum([len(near[u] & mine) for u in mine]) < d*(d - 1): continue
+            _remove(v, near, level, order, scope)
             for u in mine: touched[u] = turn
-            later += take(v)
+            later += mine
         front = later
 
-# %% ../../nbs/hmln/11_elimination.ipynb #ae0517ee
+def _remove(v, near, level, order, scope):
+    mine,up = near[v],level[v] + 1
+    for u in mine:
+        near[u].discard(v)
+        if level[u] < up: level[u] = up
+    near[v] = None; order.append(v); scope.append(list(mine))
+
+# %% ../../nbs/hmln/11_elimination.ipynb #ade63e3d
 def min_fill(
     near:list, # n sets of neighbours; used up
     width:int=WIDTH # most neighbours at a removal
 )->tuple: # order (k,), neighbours of each when it is removed, level (n,), atoms that stay because they are too wide
     "An order of removal; atoms without neighbours take no part"
     order,scope,level = [],[],[0]*len(near)
-    def take(v):
-        mine,up = list(near[v]),level[v] + 1
-        for u in mine:
-            near[u].discard(v)
-            if level[u] < up: level[u] = up
-        near[v] = None; order.append(v); scope.append(mine)
-        return mine
-    _peel(near, level, take, width)
+    _peel(near, level, order, scope, width)
     rest = {v for v,a in enumerate(near) if a}
-    while rest and (least := min(len(near[v]) for v in rest)) <= width: _queue(near, level, take, rest, min(least + 6, width))
-    rest -= {v for v in rest if near[v] is None}
+    while rest and (least := min(len(near[v]) for v in rest)) <= width:
+        _queue(near, level, order, scope, rest, min(least + 6, width))
+        rest -= {v for v in rest if near[v] is None}
     return order, scope, level, sorted(rest)
 
-# %% ../../nbs/hmln/11_elimination.ipynb #7d3b02d4
-def _queue(near, level, take, rest, most):
+# %% ../../nbs/hmln/11_elimination.ipynb #ad74d33f
+def _queue(near, level, order, scope, rest, most):
     "Remove by (missing joins, level) as long as an atom has at most `most` neighbours"
     key,heap = {},[]
     def put(v):
@@ -74,7 +76,8 @@ def _queue(near, level, take, rest, most):
     while heap:
         k,v = heapq.heappop(heap)
         if near[v] is None or key[v] != k: continue
-        mine = take(v); rest.discard(v); changed = set(mine)
+        _remove(v, near, level, order, scope)
+        mine = scope[-1]; changed = set(mine)
         for i,a in enumerate(mine if k[0] else ()):
             for b in mine[:i]:
                 if b not in near[a]: changed |= near[a] & near[b]; near[a].add(b); near[b].add(a)

@@ -53,7 +53,7 @@ class Plan:
         self._place(net)
         self._wire(owner, flat, slot, up)
 
-# %% ../../nbs/hmln/12_fast.ipynb #8d42e2af
+# %% ../../nbs/hmln/12_fast.ipynb #7cc7dafd
 def _lookup(self, owner, flat, slot):
     key = owner*self.m + flat
     by = np.argsort(key); self._key,self._slot = key[by],slot[by] + 1
@@ -63,15 +63,19 @@ def _bit(self, v, w):
     return np.where(v == w, 0, self._slot[np.minimum(np.searchsorted(self._key, v*self.m + w), len(self._slot) - 1)]) if len(self._slot) else np.zeros_like(v)
 
 def _stack(self, k, level, up):
-    "Order the buckets by level and size; where their messages begin"
-    size = _SIZE[k]; group = level*64 + size
+    "Order the buckets by size and level; where their messages begin"
+    size = _SIZE[k]; deep = int(level.max(initial=0)) + 1; group = size*deep + level
     self.rank = np.lexsort((up, group))  # place -> bucket
     self.place = np.empty(self.m, int); self.place[self.rank] = np.arange(self.m)
     size = size[self.rank]; length = 1 << size
     self.begin = np.cumsum(length) - length  # (m,) by place; tables begin at twice that
     self.total = int(length.sum())
     cut = np.flatnonzero(np.diff(group[self.rank], prepend=-1))
-    self.cuts = list(zip(cut.tolist(), [*cut[1:].tolist(), self.m], size[cut].tolist()))
+    to = np.append(cut[1:], self.m)[:len(cut)]
+    by = np.argsort(group[self.rank][cut]%deep, kind='stable')  # stacks run by level, but stand by size
+    self.cuts = np.stack([cut, to, size[cut]], 1)[by]
+    edge = np.flatnonzero(np.diff(size, prepend=-1))
+    self.sizes = list(zip(edge.tolist(), [*edge[1:].tolist(), self.m], size[edge].tolist()))
 
 def _place(self, net):
     "Which entry each weight is written to"
@@ -82,9 +86,11 @@ def _place(self, net):
     c = [self.at[list(c)] for c in net.cliques]
     self.clique_at = np.array([table[i.min()] + (1 << self._bit(np.full(len(i), i.min()), i)).sum() for i in c], dtype=int)
 
-Plan._lookup,Plan._bit,Plan._stack,Plan._place = _lookup,_bit,_stack,_place
+def _tables(self): return [(2*int(self.begin[s]), 2*(int(self.begin[t]) if t < self.m else self.total), k) for s,t,k in self.sizes]
 
-# %% ../../nbs/hmln/12_fast.ipynb #097a8e1e
+Plan._lookup,Plan._bit,Plan._stack,Plan._place,Plan.tables = _lookup,_bit,_stack,_place,_tables
+
+# %% ../../nbs/hmln/12_fast.ipynb #095102f6
 def _wire(self, owner, flat, slot, up):
     "For each stack: the messages it takes and where their entries are"
     far = flat != up[owner]
@@ -94,18 +100,23 @@ def _wire(self, owner, flat, slot, up):
     self.near = np.full((self.m, most), self.n); self.near[owner, slot] = self.order[flat]  # neighbours by slot; n: none
     sends = np.flatnonzero(up < self.m)
     to = self.place[up[sends]]; by = np.argsort(to, kind='stable'); sends,to = sends[by],to[by]
+    stride,start = stride[sends],self.begin[self.place[sends]]
+    self.index = {}
+    for s,t,k in self.sizes:  # all messages to buckets of one size
+        x,y = np.searchsorted(to, (s, t)).tolist()
+        index = np.empty((y - x, 2 << k), int); index[:, 0] = start[x:y]
+        for j in range(k + 1): np.add(index[:, :1 << j], stride[x:y, j, None], out=index[:, 1 << j:2 << j])
+        self.index[k] = x, index
+    new = np.flatnonzero(np.diff(to, prepend=-1))
+    ends = np.searchsorted(to, self.cuts[:, :2]); fresh = np.searchsorted(new, ends)
     self.stacks = []
-    for (s,t,k),x,y in zip(self.cuts, *np.searchsorted(to, np.array(self.cuts)[:, :2].T) if self.m else ((), ())):
-        index = np.empty((y - x, 2 << k), int)
-        if y > x:
-            index[:, 0] = self.begin[self.place[sends[x:y]]]
-            for j in range(k + 1): np.add(index[:, :1 << j], stride[sends[x:y], j, None], out=index[:, 1 << j:2 << j])
-        row = to[x:y] - s; first = np.flatnonzero(np.diff(row, prepend=-1))
-        self.stacks.append((s, t, k, int(self.begin[s]), index, row, first))
+    for (s,t,k),(x,y),(f,g),b in zip(self.cuts.tolist(), ends.tolist(), fresh.tolist(), self.begin[self.cuts[:, 0]].tolist()):
+        at,index = self.index[k]
+        self.stacks.append((s, t, k, b, index[x - at:y - at], to[x:y] - s, new[f:g] - x))
 
 Plan._wire = _wire
 
-# %% ../../nbs/hmln/12_fast.ipynb #21694071
+# %% ../../nbs/hmln/12_fast.ipynb #86132705
 class Pass:
     "The tables of one network after elimination: `best` score and `log_z`"
     def __init__(self,
@@ -114,11 +125,12 @@ class Pass:
         self.plan,self.net = plan,net
         t = self.table = np.zeros((2, 2*plan.total)); m = self.message = np.empty((2, plan.total))
         t[0, plan.unary_at],t[0, plan.pair_at],t[0, plan.clique_at] = net.unary[plan.order],net.pair,net.clique
+        for b,e,k in plan.tables(): _spread(t[0, b:e].reshape(-1, 2 << k))
+        t[1] = t[0]
         u = net.unary[plan.alone]  # an atom alone: max(0, u) and log(1 + e^u)
         value = np.array([np.maximum(u, 0).sum(), np.logaddexp(u, 0).sum()]) + net.constant
         for s,e,k,b,index,row,first in plan.stacks:
             x = t[:, 2*b:2*b + (e - s)*(2 << k)].reshape(2, e - s, 2 << k)  # (2, G, 2^(k+1))
-            x[1] = _spread(x[0])
             if len(row):
                 got = m[:, index]  # (2, children, 2^(k+1))
                 x[:, row[first]] += np.add.reduceat(got, first, axis=1) if len(first) < len(row) else got
@@ -127,7 +139,7 @@ class Pass:
             if k == 0: value += y.sum((1, 2))
         self.best,self.log_z = value.tolist()
 
-# %% ../../nbs/hmln/12_fast.ipynb #a64ac5be
+# %% ../../nbs/hmln/12_fast.ipynb #06b2feb7
 def _state(self)->np.ndarray: # (n,) 0/1
     "The best state"
     plan,t = self.plan,self.table[0]
@@ -150,7 +162,7 @@ def _expect(self)->tuple: # (n,), (m,), (cliques,)
         np.exp(self.table[1, at].reshape(-1, 2) - self.message[1, y, None], out=q); q *= down[y, None]
         q = q.reshape(e - s, 2 << k)  # (G, 2^(k+1))
         if len(row): np.add.at(down, index.ravel(), q[row].ravel())
-        _gather(q)
+    for b,e,k in plan.tables(): _gather(p[b:e].reshape(-1, 2 << k))
     u = np.maximum(net.fixed, 0).astype(float)
     u[plan.order],u[plan.alone] = p[plan.unary_at],1/(1 + np.exp(-np.clip(net.unary[plan.alone], -700, 700)))
     return u, p[plan.pair_at], p[plan.clique_at]
