@@ -1,5 +1,5 @@
 "Inference in ground networks: every solver against enumeration, against each other, and against identities of log Z."
-import importlib.util, math
+import importlib.util, math, pickle
 from itertools import combinations, product
 
 import numpy as np
@@ -246,6 +246,7 @@ def test_abduction_against_enumeration():
 def test_json_and_errors():
     net = GroundNetwork.from_arrays([0.1, 1 / 3, -2e-17], [(0, 2)], [math.pi], {(0, 1, 2): 0.7}, atoms=[("dog", "on", "sofa"), ("dog",), "x"]).clamp({1: 1})
     again = GroundNetwork.from_json(net.to_json())
+    net.map(); sent = pickle.loads(pickle.dumps(net)); assert sent.log_z() == net.log_z() and not pickle.loads(pickle.dumps(net))._kept
     assert again.to_json() == net.to_json() and again.atoms == net.atoms and again.log_z() == net.log_z() and again.map().value == net.map().value
     for bad in (lambda: GroundNetwork.from_arrays([1.0], [(0, 1)], [1.0]), lambda: GroundNetwork.from_arrays([1.0, 2], [(0, 1)], [1.0, 2]), lambda: GroundNetwork.from_arrays([[1.0]], [], []),
                 lambda: GroundNetwork.from_arrays([np.nan], [], []), lambda: GroundNetwork.from_arrays([1.0], [], [], {(0, 3): 1.0}), lambda: GroundNetwork.from_arrays([1.0], [(0.5, 0)], [1.0]),

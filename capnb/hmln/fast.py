@@ -169,16 +169,16 @@ def _expect(self)->tuple: # (n,), (m,), (cliques,)
 
 Pass.state,Pass.expect = _state,_expect
 
-# %% ../../nbs/hmln/12_fast.ipynb #14d80245
+# %% ../../nbs/hmln/12_fast.ipynb #dfd23fe8
 Plan.run = lambda self, net: Pass(self, net)
 
 def plan_for(
     net:GroundNetwork, # network
     width:int=WIDTH, # most neighbours at a removal
-    engine:str=None # numpy or numba; None: numba if it is installed and the network has 256 to 4,000 atoms
+    engine:str=None # numpy or numba; None: numba if it is installed and the network has 64 to 4,000 atoms
 ): # Plan, or CompiledPlan of compiled elimination
     "The plan kept with `net`, made if needed"
-    kind = engine or ('numba' if 256 <= net.n <= 4000 and find_spec('numba') else 'numpy')
+    kind = engine or ('numba' if 64 <= net.n <= 4000 and find_spec('numba') else 'numpy')
     plan = net._kept.get('plan')
     if plan is None or (plan.limit != width if plan.left else plan.width > width) or engine and isinstance(plan, Plan) != (kind == 'numpy'):
         net._kept.pop('pass', None)

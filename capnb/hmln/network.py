@@ -65,7 +65,7 @@ def _checked(x, name, shape, kind=np.float64):
     if not np.isfinite(x).all(): raise DataError(f'{name} holds a value that is not finite', do='clamp the atoms that are certain')
     return x
 
-# %% ../../nbs/hmln/10_network.ipynb #3ec95701
+# %% ../../nbs/hmln/10_network.ipynb #3ac72ffd
 class GroundNetwork:
     "Weighted conjunctions over `n` 0/1 atoms; its arrays do not change"
     def __init__(self,
@@ -83,6 +83,7 @@ class GroundNetwork:
         self.atoms = None if atoms is None else list(atoms)
         for a in (self.unary, self.edges, self.pair, self.clique, self.fixed): a.flags.writeable = False
         self._kept = {}
+    def __getstate__(self): return self.__dict__ | dict(_kept={})  # plans are not sent to other processes
     @property
     def n(self): return len(self.unary)
     @property
