@@ -66,6 +66,8 @@ def test_brute_force(scale, k):
 def test_brute_force_18_atoms():
     rng = np.random.default_rng(18)
     for d, k in ((1.0, 0), (2.5, 0), (9.0, 0), (1.0, 5)): check(random_net(18, d, rng, k=k))
+    full = list(combinations(range(19), 2))  # width 18
+    check(GroundNetwork.from_arrays(rng.normal(size=19), full, rng.normal(size=len(full))))
 
 
 def test_structures():
@@ -126,6 +128,12 @@ def test_mutual_information():
     info = lambda n, t, q: n.clamp(t | q).log_z() - n.clamp(q).log_z() - n.clamp(t).log_z() + n.log_z()
     t, q = {5: 1, 6: 1}, {0: 1, 1: 1}
     assert abs(info(net, t, q) - info(net, q, t)) < 1e-9 and abs(info(net, t, q) - info(alone, t, q)) < 1e-9
+    inside = (net.edges < 10).all(1)
+    small = GroundNetwork.from_arrays(net.unary[:10], net.edges[inside], net.pair[inside])
+    x = np.array(list(product([0, 1], repeat=small.n))); p = np.exp(small.score(x) - small.log_z())
+    P = lambda e: p[(x[:, list(e)] == 1).all(1)].sum()
+    t, q = {2: 1, 3: 1}, {0: 1}
+    assert abs(info(small, t, q) - math.log(P(t | q) / P(q) / P(t))) < 1e-9
     assert abs(info(alone, {30: 1}, q)) < 1e-9 and abs(info(alone, {30: 1}, {31: 1})) > 1e-3
 
 

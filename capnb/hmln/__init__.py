@@ -2,4 +2,8 @@
 from capnb._lazy import lazy
 
 lazy(__name__,
-     network="GroundNetwork MapResult LogZ Marginals enumerate_states")
+     network="GroundNetwork MapResult LogZ Marginals enumerate_states",
+     fast="eliminated with_weights",
+     milp="Visual abduce",
+     gibbs="anneal gibbs importance",
+     draw="draw")

@@ -28,8 +28,8 @@ def _gather(t):
         w = t.reshape(-1, 2, j); w[:, 0] += w[:, 1]; j *= 2
     return t
 
-# %% ../../nbs/hmln/12_fast.ipynb #de62065d
-MOST = 2**24 # entries of all tables together
+# %% ../../nbs/hmln/12_fast.ipynb #8a2e6270
+MOST = 2**23 # entries of all tables together
 _SIZE = np.array([0, 2, 2, 4, 4, *range(5, 64)]) # neighbours -> size of the stack it goes to
 
 class Plan:

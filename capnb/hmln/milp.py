@@ -182,11 +182,11 @@ def abduce(
     bound = np.inf if bound is None else max(bound + net.constant, total)
     return Abduction(MapResult(total, state, bool(proved and bound - total <= 1e-6*max(1., abs(total))), bound, name), values)
 
-# %% ../../nbs/hmln/13_milp.ipynb #489d9dbc
+# %% ../../nbs/hmln/13_milp.ipynb #d9522945
 def solve_toulbar2(
     net:GroundNetwork, # network
     want:str='map', # map
-    time_limit:int=0, # whole seconds; 0: until proved
+    time_limit:float=None, # seconds, rounded up; None: until proved
     digits:int=7 # decimals of a cost
 )->MapResult: # not exact, with bound, if time ran out
     "Solver of the table: toulbar2"
@@ -196,7 +196,7 @@ def solve_toulbar2(
     for i in free: model.AddVariable(f'x{i}', range(2))
     for c,w in [*(((i,), net.unary[i]) for i in free), *zip(net.edges.tolist(), net.pair), *zip(net.cliques, net.clique)]:
         model.AddFunction([f'x{i}' for i in c], [0.]*(2**len(c) - 1) + [-float(w)])
-    got = model.Solve(timeLimit=int(time_limit))
+    got = model.Solve(timeLimit=int(np.ceil(time_limit or 0)))
     x = np.maximum(net.fixed, 0).astype(int)
     if got: x[free] = np.array(got[0], int)
     bound = -model.GetDDualBound() + 10.**-digits*(len(free) + len(net.edges) + len(net.cliques))

@@ -27,7 +27,7 @@ class MapResult:
     @property
     def gap(self): return max(0., self.bound - self.value)
 
-# %% ../../nbs/hmln/10_network.ipynb #54e38e83
+# %% ../../nbs/hmln/10_network.ipynb #265e5858
 _SAID = dict(exact=True, error=0., ess=None, rhat=None, method='elimination')
 
 def _tell(x, said):
@@ -43,6 +43,9 @@ class Marginals(np.ndarray):
     def __new__(cls, values, **said): return _tell(np.asarray(values, dtype=np.float64).view(cls), said)
     def __array_finalize__(self, other):
         for k,v in _SAID.items(): setattr(self, k, getattr(other, k, v))
+    def __reduce__(self): return _again, (np.asarray(self), {k: getattr(self, k) for k in _SAID})
+
+def _again(values, said): return Marginals(values, **said)  # numpy's own way would forget what was said
 
 # %% ../../nbs/hmln/10_network.ipynb #6ab96ed3
 def _merge_pairs(n, unary, edges, pair):
@@ -196,9 +199,9 @@ def _part(self,
 
 GroundNetwork.components,GroundNetwork.part = _components,_part
 
-# %% ../../nbs/hmln/10_network.ipynb #8de6f01c
+# %% ../../nbs/hmln/10_network.ipynb #33568a7b
 SOLVERS = Registry('solver', dict(elimination='capnb.hmln.fast:solve', milp='capnb.hmln.milp:solve', toulbar2='capnb.hmln.milp:solve_toulbar2', gibbs='capnb.hmln.gibbs:solve', enumeration='capnb.hmln.network:solve'))
-WIDTH = 18 # tables of elimination have at most 2^(WIDTH + 1) entries
+WIDTH = 20 # tables of elimination have at most 2^(WIDTH + 1) entries
 
 def solve(
     net:GroundNetwork, # network
