@@ -8,8 +8,9 @@ __all__ = ['TABLES', 'TCMConfig', 'head_of', 'final_norm', 'cap_after', 'uncap',
 
 # %% ../../nbs/klaft/12_peft_tcm.ipynb #70cc7cf1
 from dataclasses import dataclass
+from typing import Optional, Union  # these, PeftType and TaskType: for annotations that PeftConfig hands on
 import peft, torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType, TaskType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from ..core.errors import ConfigError

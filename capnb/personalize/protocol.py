@@ -78,9 +78,9 @@ def ADAMW(
 def _length(kw): return {**kw, "epochs": None} if kw.get("steps") else kw
 
 # %% ../../nbs/personalize/00_protocol.ipynb #f5a1e177
-_ADAMW = dict(prompt=(.03, .1, .3, 1.), lora=(1e-3, 3e-3, 1e-2, 3e-2), ia3=(3e-3, 1e-2, 3e-2, .1), full=(1e-4, 3e-4, 1e-3, 3e-3))
-_SGD = dict(prompt=(.3, 1., 3., 10.), lora=(.03, .1, .3, 1.), ia3=(.1, .3, 1., 3.), full=(3e-3, 1e-2, 3e-2, .1))
-_LIKE = dict(prompt="prompt", prompt_tuning="prompt", prefix="prompt", lora="lora", rslora="lora", dora="lora", qlora="lora", adapter="lora", ia3="ia3", bias="ia3", full="full")
+_ADAMW = dict(prompt=(.03, .1, .3, 1.), lora=(1e-3, 3e-3, 1e-2, 3e-2), ia3=(3e-3, 1e-2, 3e-2, .1), full=(1e-4, 3e-4, 1e-3, 3e-3), tcm=(.01, .03, .1, .3))
+_SGD = dict(prompt=(.3, 1., 3., 10.), lora=(.03, .1, .3, 1.), ia3=(.1, .3, 1., 3.), full=(3e-3, 1e-2, 3e-2, .1), tcm=(.3, 1., 3., 10.))
+_LIKE = dict(prompt="prompt", prompt_tuning="prompt", prefix="prompt", lora="lora", rslora="lora", dora="lora", qlora="lora", adapter="lora", ia3="ia3", bias="ia3", full="full", tcm="tcm", klaft="lora")
 LR_TRIALS = {m: {"adamw": list(_ADAMW[k]), "sgd": list(_SGD[k])} for m, k in _LIKE.items()}
 
 def lr_trials(
