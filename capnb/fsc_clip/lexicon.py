@@ -10,7 +10,7 @@ __all__ = ['NOUNS', 'ADJECTIVES', 'VERBS', 'ADVERBS', 'RELATIONS', 'FLIPS', 'Lex
 import functools
 from ..core.errors import DataError
 
-# %% ../../nbs/fsc_clip/11_lexicon.ipynb #f9562a33
+# %% ../../nbs/fsc_clip/11_lexicon.ipynb #8f184a23
 NOUNS = """
 man,guy,gentleman,boy woman,lady,girl
 child,kid man,guy woman,lady
@@ -25,7 +25,7 @@ shark clownfish
 butterfly beetle spider
 tulip daisy rose
 pine palm oak
-car,taxi,jeep truck,van bus train motorcycle,bike,motorbike bicycle,bike boat airplane,plane,jet helicopter
+car,taxi,jeep,van truck,van bus train motorcycle,bike,motorbike bicycle,bike boat airplane,plane,jet helicopter
 jeep van
 yacht canoe
 chair,stool,armchair couch,sofa bench table,desk
