@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['shuffle', 'add_object', 'add_attribute', 'trade', 'negate']
 
-# %% ../../nbs/fsc_clip/14_add.ipynb #6bdd9cb1
+# %% ../../nbs/fsc_clip/14_add.ipynb #2efa6be4
 import random
-from .lexicon import indefinite, lexicon, plural
+from .lexicon import ANIMATE, PEOPLE, indefinite, lexicon, plural
 from .tagged import Tagged, agreement, analyse, meaning, noun_phrase
-from .replace import _ABSTRACT, _names, known_names, replace_object
-from .swap import Edit, apply, name_words, some, span
+from .replace import _ABSTRACT, _names, known_names
+from .swap import Edit, apply, some, span
 
 # %% ../../nbs/fsc_clip/14_add.ipynb #e9d145aa
 def shuffle(
@@ -30,25 +30,32 @@ def shuffle(
         new = " ".join(pairs)
         if new.lower() != " ".join(words).lower(): yield Edit(((t.words[0][0], t.words[n - 1][1], new),), more=(("order", new.lower()),))
 
-# %% ../../nbs/fsc_clip/14_add.ipynb #70717192
-_FITTING = {"man woman boy girl": "young old tall happy", "tree flower bush grass": "tall green small", "street sidewalk road beach field": "empty crowded wet dirty"}
-_FITTING = {w: v.split() for k, v in _FITTING.items() for w in k.split()}
-_THING = "red green blue yellow white black brown wooden metal small large old striped".split()
+# %% ../../nbs/fsc_clip/14_add.ipynb #50fbda6e
+_MATERIAL = frozenset("chair stool bench table desk bed dresser bookshelf cabinet bowl box crate chest vase basket bucket door fork spoon house tower bat".split())
+_PLACE = frozenset("beach field meadow forest desert mountain hill lake river ocean road street sidewalk bridge kitchen bathroom bedroom office restaurant classroom store park room yard".split())
+
+def _said_of(noun):
+    "Adjectives that suit a noun"
+    if noun in PEOPLE.replace(",", " ").split(): return ["young", "old", "tall", "happy"]
+    if noun in ANIMATE: return ["small", "large", "brown", "black", "white", "young", "old"]
+    if noun in _PLACE: return ["large", "small", "empty", "crowded", "dirty"]
+    return "red green blue yellow white black brown small large old striped".split() + ["wooden", "metal"]*(noun in _MATERIAL)
 
 def _open(t):
     "Things behind which \"and a ...\" can stand: (first word, last word, name, tag)"
     for lo, i, name, tag in _names(t):
         free = tag == "NN" and t.words[noun_phrase(t, i)[0]][2] in ("DT", "CD") and agreement(t, i) == [] and t.words[i][3] in ("pobj", "dobj", "ROOT", "attr")
         after = t.words[i + 1][2] if i + 1 < len(t.words) else "."
-        if free and i in t.things and after in (".", ",", "IN", "VBG") and not any(x[4] == i and x[3] in ("conj", "cc") for x in t.words): yield lo, i, name, tag
+        if free and i in t.things and name not in ("picture", "painting") and not (i + 1 < len(t.words) and t.words[i + 1][5] == "of") and after in (".", ",", "IN", "VBG") and not any(x[4] == i and x[3] in ("conj", "cc") for x in t.words): yield lo, i, name, tag
 
 def _addable(t, i):
     "Adjectives that thing `i` may be given"
     lo = noun_phrase(t, i)[0]
     if t.words[i][2] not in ("NN", "NNS") or t.words[i][5] not in lexicon()["nouns"] or t.words[i][5] in _ABSTRACT: return []
     if any(x[2] in ("JJ", "VBN", "JJR", "JJS") for x in t.words[lo:i]) or any(i == j for _, j, _ in t.properties): return []
+    if t.words[lo][2] not in ("DT", "CD", "PRP$") and t.words[i][2] != "NNS" or any(x[3] == "poss" and x[2] != "PRP$" for x in t.words[lo:i]): return []
     said = set(t.lower())
-    return [a for a in _FITTING.get(t.words[i][5], _THING) if a not in said]
+    return [a for a in _said_of(t.words[i][5]) if a not in said]
 
 def add_object(
     t:Tagged, # A tagged caption
@@ -67,7 +74,7 @@ def add_attribute(
 ):  # Yields `Edit`s
     "An adjective more."
     for i in some([i for i in t.things if _addable(t, i)], rng):
-        lo = (name_words(t, i) or (i, i))[0]
+        lo = next((k for k in range(noun_phrase(t, i)[0], i) if t.words[k][3] not in ("det", "poss", "nummod", "predet", "quantmod")), i)
         at = t.words[lo][0]
         if lo == 0: continue  # "Dogs on a sofa": a new first word would look odd
         for a in some(_addable(t, i), rng, 4): yield Edit(((at, at, a + " "),), more=(("is", i, a),))

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['known_names', 'replace_object', 'replace_attribute', 'replace_colour', 'places', 'flip', 'replace_relation', 'count']
 
-# %% ../../nbs/fsc_clip/13_replace.ipynb #1077d09d
+# %% ../../nbs/fsc_clip/13_replace.ipynb #6ef39af6
 import functools, random
 from ..text.rules import NUMBERS
-from .lexicon import lexicon, plural, verb_form
+from .lexicon import ANIMATE, lexicon, plural, verb_form
 from .tagged import Tagged, agreement, analyse, meaning, noun_phrase
 from .swap import Edit, apply, name_words, piece, some, span
 
-# %% ../../nbs/fsc_clip/13_replace.ipynb #f784e271
+# %% ../../nbs/fsc_clip/13_replace.ipynb #307d1cb6
 _PRONOUNS = frozenset("he she him her his hers himself herself".split())
 _PEOPLE = frozenset("man guy gentleman woman lady boy girl child kid".split())
 
@@ -32,7 +32,9 @@ def _names(t):
         if at is None or t.words[i][2] not in ("NN", "NNS"): continue
         name = " ".join([t.word(k).lower() for k in range(at[0], i)] + [t.words[i][5]])
         if t.word(i).lower() in nouns and name.endswith(t.words[i][5]): name = name[:-len(t.words[i][5])] + t.word(i).lower()
-        if name in nouns: out.append((at[0], i, name, t.words[i][2]))
+        two = t.lower()[at[0] - 1] + " " + t.words[i][5] if at[0] else ""
+        if two in nouns: out.append((at[0] - 1, i, two, t.words[i][2]))  # "hot dog", its first word taken for an adjective
+        elif name in nouns: out.append((at[0], i, name, t.words[i][2]))
         elif at[0] < i: out += [(k, k, t.words[k][5], "NN") for k in range(at[0], i) if t.words[k][2] == "NN" and t.words[k][5] in nouns]
     return out
 
@@ -48,25 +50,39 @@ def replace_object(
         for new in some([x for x in nouns.sisters(name) if x not in taken], rng, 4):
             yield Edit(((*span(t, lo, i), plural(new) if tag == "NNS" else new),), {i: new} | {k: "" for k in range(lo, i)})
 
-# %% ../../nbs/fsc_clip/13_replace.ipynb #dad7f766
+# %% ../../nbs/fsc_clip/13_replace.ipynb #7eda89cb
+_FIXED = frozenset("hot dog,stuffed animal,french fries,green bean,open air,full moon,hot air,living room,high chair,old fashioned,white board".split(","))
+
+def _fits(new, noun):
+    "Whether adjective `new` can be said of `noun`"
+    return (new in ("new", "modern", "antique") and noun not in ANIMATE) or (new in ("young", "elderly") and noun in ANIMATE) or new not in ("new", "modern", "antique", "young", "elderly")
+
 def _adjectives(t, table):
-    "Edits of the adjectives in lexicon `table`"
+    "Adjectives in lexicon `table`: (word, what may replace it)"
     mine = {}
-    for w, i, _ in t.properties: mine.setdefault(i, []).append(w)
+    for w, i, _ in t.properties:
+        if f"{t.word(w).lower()} {t.words[i][5]}" not in _FIXED: mine.setdefault(i, []).append(w)
     for i, words in mine.items():
         said = {t.word(w).lower() for w in words}
         for w in words:
-            if t.words[w][2] in ("JJ", "NN", "VBN", "VBD", "NNP") and table.sisters(x := t.word(w).lower()): yield w, [y for y in table.sisters(x) if y not in said]
+            if t.words[w][2] in ("JJ", "NN", "VBN", "VBD", "NNP") and table.sisters(x := t.word(w).lower()): yield w, [y for y in table.sisters(x) if y not in said and _fits(y, t.words[i][5])]
+
+def _verbs(t, w, i):
+    "What may replace verb `w` of which `i` is the subject"
+    has = any(x[4] == w and x[3] == "dobj" for x in t.words)
+    new = lexicon()["transitive" if has else "intransitive"].sisters(t.words[w][5])
+    return new if t.words[i][5] in ANIMATE else [v for v in new if v in ("sit", "stand", "fly", "float")]
 
 def replace_attribute(
     t:Tagged, # A tagged caption
     rng:random.Random, # Gives the order
 ):  # Yields `Edit`s
-    "An adjective (not of colour) or a verb without object becomes its opposite or sister."
-    adjectives, verbs, colours = (lexicon()[k] for k in ("adjectives", "verbs", "colours"))
+    "An adjective (not of colour), an adverb or a verb that relates nothing becomes its opposite or sister."
+    adjectives, adverbs, colours = (lexicon()[k] for k in ("adjectives", "adverbs", "colours"))
     found = [(w, new, "") for w, new in _adjectives(t, adjectives) if t.word(w).lower() not in colours]
+    found += [(k, adverbs.sisters(x[5]), "") for k, x in enumerate(t.words) if x[2] == "RB" and x[3] == "advmod" and x[5] in adverbs and t.words[x[4]][2][:2] == "VB" and not any(y[4] == k for y in t.words)]
     said = {w for *_, W in t.relations for w in W}
-    found += [(w, verbs.sisters(t.words[w][5]), t.words[w][2]) for w, _, _ in t.properties if w not in said and t.words[w][2] in ("VBG", "VBZ", "VBP") and not any(x[4] == w and x[3] in ("prep", "prt") for x in t.words)]
+    found += [(w, _verbs(t, w, i), t.words[w][2]) for w, i, _ in t.properties if w not in said and t.words[w][2] in ("VBG", "VBZ", "VBP") and not any(x[4] == w and x[3] in ("prep", "prt") for x in t.words)]
     for w, new, tag in some(found, rng):
         for x in some(list(new), rng, 4): yield Edit(((*span(t, w, w), verb_form(x, tag) if tag else x),), {w: x})
 
@@ -105,7 +121,7 @@ def _prepositions(t, rng, table):
             said = sorted({w for *_, W in t.relations for w in W} & set(range(lo, hi + 1)))
             yield Edit(((*span(t, lo, hi), new),), {said[0]: new})
 
-# %% ../../nbs/fsc_clip/13_replace.ipynb #c363d32c
+# %% ../../nbs/fsc_clip/13_replace.ipynb #eb19ca10
 def flip(
     t:Tagged, # A tagged caption
     rng:random.Random, # Gives the order
@@ -118,12 +134,11 @@ def replace_relation(
     rng:random.Random, # Gives the order
 ):  # Yields `Edit`s
     "A preposition of place or a verb between two things becomes another."
-    verbs = lexicon()["verbs"]
-    found = list(dict.fromkeys(w for *_, W in t.relations for w in W if t.words[w][2] in ("VBG", "VBZ", "VBP", "VBD", "VBN") and t.words[w][5] in verbs))
-    def _verbs():
-        for w in some(found, rng):
-            for new in some(list(verbs.sisters(t.words[w][5])), rng, 3): yield Edit(((*span(t, w, w), verb_form(new, t.words[w][2])),), {w: new})
-    ways = [_verbs(), _prepositions(t, rng, lexicon()["relations"])]
+    found = {w: i for i, _, _, W in t.relations for w in W if t.words[w][2] in ("VBG", "VBZ", "VBP", "VBD", "VBN") and not any(x[4] == w and x[3] == "prt" for x in t.words)}
+    def verbs():
+        for w in some(list(found), rng):
+            for new in some(list(_verbs(t, w, found[w])), rng, 3): yield Edit(((*span(t, w, w), verb_form(new, t.words[w][2])),), {w: new})
+    ways = [verbs(), _prepositions(t, rng, lexicon()["relations"])]
     rng.shuffle(ways)
     for way in ways: yield from way
 

@@ -6,13 +6,13 @@
 __all__ = ['Negative', 'Edit', 'apply', 'alike', 'piece', 'span', 'name_words', 'inflected', 'some', 'swap_noun',
            'swap_adjective', 'swap_adverb', 'swap_verb']
 
-# %% ../../nbs/fsc_clip/12_swap.ipynb #694de6cc
+# %% ../../nbs/fsc_clip/12_swap.ipynb #83afd8fd
 import functools, random, re
 from itertools import combinations
 from typing import NamedTuple
 from ..core.errors import DependencyError
 from ..text.synonyms import Synonyms
-from .lexicon import indefinite, lexicon, plural
+from .lexicon import MASS, indefinite, lexicon, plural
 from .tagged import Tagged, agreement, analyse, meaning, noun_phrase
 
 # %% ../../nbs/fsc_clip/12_swap.ipynb #c7b5b644
@@ -134,7 +134,7 @@ def some(
     "Items in random order, not too many."
     return rng.sample(items, min(k, len(items)))
 
-# %% ../../nbs/fsc_clip/12_swap.ipynb #ca822b04
+# %% ../../nbs/fsc_clip/12_swap.ipynb #38224b4c
 def _bare(t, i): return noun_phrase(t, i)[0] == (name_words(t, i) or (i, i))[0]
 
 def swap_noun(
@@ -148,13 +148,14 @@ def swap_noun(
         if b <= i or alike(w[i][5], w[j][5]): continue
         x, y = name_words(t, i), name_words(t, j)
         whole = agreement(t, i) == agreement(t, j) == [] or (w[i][2] == w[j][2] and None not in (agreement(t, i), agreement(t, j)))
-        names = x and y and (w[i][2] == w[j][2] == "NNS" or (_bare(t, i) == _bare(t, j)))
+        bulk = w[i][2] != w[j][2] and not MASS.isdisjoint((w[i][5], w[j][5]))
+        names = x and y and not bulk and (w[i][2] == w[j][2] == "NNS" or (_bare(t, i) == _bare(t, j)))
         ways = [k for k, ok in (("names", names), ("places", whole and (a, b) != (i, j))) if ok]
         for way in some(ways, rng):
             if way == "names": yield Edit(((*span(t, *x), inflected(t, *y, w[i][2])), (*span(t, *y), inflected(t, *x, w[j][2]))), names={i: j, j: i})
             else: yield Edit(((*span(t, a, i), piece(t, b, j)), (*span(t, b, j), piece(t, a, i))), places={i: j, j: i})
 
-# %% ../../nbs/fsc_clip/12_swap.ipynb #30c61dd8
+# %% ../../nbs/fsc_clip/12_swap.ipynb #0e01d544
 def _exchanged(t, i, j):
     "Words `i` and `j` change places"
     return Edit(((*span(t, i, i), piece(t, j, j)), (*span(t, j, j), piece(t, i, i))), {i: t.words[j][5], j: t.words[i][5]})
@@ -174,7 +175,7 @@ def swap_adverb(
     rng:random.Random, # Gives the order
 ):  # Yields `Edit`s
     "Two adverbs change places."
-    plain = [i for i, x in enumerate(t.words) if x[2] == "RB" and x[3] == "advmod" and x[5] not in ("not", "n't", "very", "so", "too", "also", "there", "here")]
+    plain = [i for i, x in enumerate(t.words) if x[2] == "RB" and x[3] == "advmod" and (x[5].endswith("ly") or x[5] in lexicon()["adverbs"]) and t.words[x[4]][2][:2] == "VB"]
     for i, j in some(list(combinations(plain[:16], 2)), rng):
         if t.words[i][4] != t.words[j][4] and not alike(t.words[i][5], t.words[j][5]): yield _exchanged(t, i, j)
 
@@ -187,4 +188,5 @@ def swap_verb(
     verbs = [i for i, x in enumerate(w) if x[2] in ("VBG", "VBZ", "VBP", "VBD", "VBN") and x[3] in ("ROOT", "acl", "relcl", "conj", "advcl", "ccomp") and x[5] not in ("be", "have", "do")]
     frame = lambda i: {x[3] for x in w if x[4] == i and x[3] in ("dobj", "prt", "acomp", "xcomp", "ccomp", "agent")} | {x[5] for x in w if x[4] == i and x[3] in ("prep", "prt")}
     for i, j in some(list(combinations(verbs[:12], 2)), rng):
+        if w[j][3] == "conj" and w[j][4] == i and not (frame(i) and frame(j)): continue  # "eating and talking"
         if w[i][2] == w[j][2] and not alike(w[i][5], w[j][5]) and ("dobj" in frame(i)) == ("dobj" in frame(j)) and not {"prt", "acomp", "xcomp", "ccomp", "agent"} & (frame(i) ^ frame(j)): yield _exchanged(t, i, j)
