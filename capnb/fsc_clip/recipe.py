@@ -40,7 +40,7 @@ def recipe(
     short = "warmup" not in changes and total_steps(n, TrainConfig(**c)) < 500
     return TrainConfig(**c | (dict(warmup=.1) if short else {}))  # a short run cannot spend all of it on warming up (ours)
 
-# %% ../../nbs/fsc_clip/23_recipe.ipynb #270c1527
+# %% ../../nbs/fsc_clip/23_recipe.ipynb #b2a165da
 def random_crop(
     picture: Image.Image,  # any size
     share: tuple = (.9, 1.),  # least and largest share of the area
@@ -57,7 +57,7 @@ class Negated:
     def __init__(self,
         dual: DualEncoder,  # prepares the images
         records,  # captioned images: a `CaptionDataset` or list of `Record`s
-        negatives,  # caption -> list of captions: a dict, or a function
+        negatives,  # a dict caption -> list of captions, or `HardNegatives` and its like
         most: int = 3,  # negatives of an example
         crop: tuple|None = None,  # random crops of this share of the area; None: whole images
         others: int = 0,  # further true captions of an example, for TSVLC and DAC
@@ -65,7 +65,8 @@ class Negated:
         remember: int = 4096,  # prepared images kept in memory
     ):
         self.dual, self.records, self.most, self.crop, self.others, self.variants, self.remember = dual, records, most, crop, others, variants, remember
-        self.negatives, self.seen = (lambda t: negatives.get(t, ())) if isinstance(negatives, dict) else negatives, {}
+        negatives = getattr(negatives, "table", negatives)  # of stored negatives
+        self.negatives, self.seen = (lambda t: negatives.get(t, ())) if isinstance(negatives, dict) else lambda t: negatives([t])[0], {}
         if not len(records): raise DataError("there is no captioned image to train on", where="Negated")
 
     def __len__(self): return len(self.records)
