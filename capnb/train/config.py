@@ -24,6 +24,7 @@ class TrainConfig:
     optimizer:str='adamw' # adamw | sgd
     momentum:float=0.9 # of sgd
     betas:tuple=(0.9, 0.999) # of adamw
+    eps:float=1e-8 # of adamw, beside the root of the second moment
     weight_decay:float=0.01 # not applied to biases and norms
     schedule:str='cosine' # cosine | linear | constant: after the warm-up
     warmup:float=0.0 # below 1: share of all steps; else a number of steps
@@ -55,7 +56,7 @@ _RULES = dict(steps=(_maybe(_whole(1)), 'a whole number above 0, or None'), epoc
     batch_size=(_whole(1), 'a whole number above 0'), lr=(_positive, 'a number above 0'),
     optimizer=(_among('adamw', 'sgd'), 'adamw or sgd'), momentum=(_real(0, 1), 'a number from 0 to below 1'),
     betas=(lambda v: isinstance(v, (tuple, list)) and len(v) == 2 and all(map(_real(0, 1), v)), 'two numbers from 0 to below 1'),
-    weight_decay=(_real(0), 'a number from 0'), schedule=(_among('cosine', 'linear', 'constant'), 'cosine, linear or constant'),
+    eps=(_positive, 'a number above 0'), weight_decay=(_real(0), 'a number from 0'), schedule=(_among('cosine', 'linear', 'constant'), 'cosine, linear or constant'),
     warmup=(_real(0), 'a share below 1, or a number of steps'), clip=(_maybe(_positive), 'a number above 0, or None for no clipping'),
     accumulate=(_whole(1), 'a whole number above 0'), precision=(_among('no', 'bf16', 'fp16'), 'no, bf16 or fp16'),
     seed=(_whole(0), 'a whole number from 0'), eval_every=(_whole(0), 'a whole number from 0'), patience=(_whole(0), 'a whole number from 0'),
@@ -121,7 +122,7 @@ def lr_at(
 # %% ../../nbs/train/01_config.ipynb #814c7e3d
 def make_optimizer(
     params, # trainable parameters
-    config:TrainConfig, # optimizer, lr, weight_decay, momentum, betas
+    config:TrainConfig, # optimizer, lr, weight_decay, momentum, betas, eps
 )->torch.optim.Optimizer: # with a group that decays and one that does not
     "SGD or AdamW over `params`, weight decay on matrices only"
     params = list(params)
@@ -130,7 +131,7 @@ def make_optimizer(
     groups = [g for g in groups if g['params']]
     fused = all(p.device.type in ('cpu', 'cuda') and p.is_floating_point() for p in params)
     if config.optimizer == 'sgd': return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 # %% ../../nbs/train/01_config.ipynb #5e1a6d39
 _FREE = ('out', 'resume', 'keep', 'checkpoint_every', 'num_workers')
