@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'COUNTS', 'Ground', 'ground']
 
-# %% ../../nbs/hmln/20_ground.ipynb #5fbfb9e0
+# %% ../../nbs/hmln/20_ground.ipynb #f1b29785
 import itertools, json, math
 import numpy as np
 from ..core.errors import ConfigError, DataError
 from .atoms import Words, similarity
+from .fast import with_weights
 from .network import GroundNetwork
 from .templates import DEFAULT, MOST, Bag, Scope, combiner, features
 
-# %% ../../nbs/hmln/20_ground.ipynb #a0fbacb1
+# %% ../../nbs/hmln/20_ground.ipynb #037ae57c
 WEIGHTS = {"prior": -2., "single": 2.2, "pairs": .4, "whole": .4, "xor": .3}  # ours, used until weights are learned
 COUNTS = ("log", "sum", "share")
 
@@ -33,12 +34,13 @@ class Ground:
         self.names,self.query,self.groups,self.count = [tuple(a) for a in names],query,list(groups),count
         self.atoms,self.bags = [tuple(int(i) for i in a) for a in atoms],[(t, tuple(a)) for t,a in bags]
         self.group,self.value,self.source = np.array(group, dtype=int),np.array(value, dtype=float),np.array(source, dtype=int)
+        self._kept = {}
         self._merge()
     @property
     def n(self): return len(self.names)
     def __repr__(self): return f"Ground: {self.n} atoms ({self.query} of the caption), {len(self.keys)} features in {len(self.groups)} groups, {len(self.bags)} training captions"
 
-# %% ../../nbs/hmln/20_ground.ipynb #249e06bd
+# %% ../../nbs/hmln/20_ground.ipynb #62358ec5
 def _merge(self):
     "Distinct (group, atoms) and which rows belong to each"
     at = {}
@@ -59,21 +61,22 @@ def _network(self,
     scale=None, # (number of examples,) weight of each training example; None: 1
     bags:bool=False # add a conjunction of weight 0 for each training caption
 )->GroundNetwork:
-    "The network with weights in it."
+    "The network with weights in it; networks of one ground share their plan of elimination."
     given = WEIGHTS if weights is None else weights
     missing = [g for g in self.groups if g not in given]
     if missing: raise ConfigError(f"There is no weight for {', '.join(missing)}", do="weights={group: number}")
-    w = np.array([float(given[g]) for g in self.groups])[[g for g,_ in self.keys]]*self.amounts(scale) if self.keys else np.zeros(0)
-    unary,edges,pair,cliques = np.zeros(self.n),[],[],[]
-    for (_,a),x in zip(self.keys, w):
-        if len(a) == 1: unary[a[0]] += x
-        elif len(a) == 2: edges.append(a); pair.append(x)
-        else: cliques.append((a, x))
-    if bags:
-        for a in dict.fromkeys(a for _,a in self.bags):
-            if len(a) == 2: edges.append(a); pair.append(0.)
-            elif len(a) > 2: cliques.append((a, 0.))
-    return GroundNetwork.from_arrays(unary, np.array(edges, dtype=int).reshape(-1, 2), pair, cliques, self.names)
+    if bags not in self._kept: self._kept[bags] = _layout(self, bags)
+    net,(of, at, size) = self._kept[bags]
+    w = np.array([float(given[g]) for g in self.groups])[of]*self.amounts(scale) if len(of) else np.zeros(0)
+    return with_weights(net, *np.split(np.bincount(at, w, sum(size)) if len(at) else np.zeros(sum(size)), np.cumsum(size)[:2]))
+
+def _layout(self, bags):
+    "A network of zeros, the group of each feature, and which weight it adds to"
+    sets = dict.fromkeys([a for _,a in self.keys] + ([a for _,a in self.bags if len(a) > 1] if bags else []))
+    two,more = sorted(a for a in sets if len(a) == 2),sorted(a for a in sets if len(a) > 2)
+    net = GroundNetwork.from_arrays(np.zeros(self.n), np.array(two, dtype=int).reshape(-1, 2), np.zeros(len(two)), [(a, 0.) for a in more], self.names)
+    place = {a: i for i,a in enumerate([(i,) for i in range(self.n)] + two + more)}
+    return net, (np.array([g for g,_ in self.keys], dtype=int), np.array([place[a] for _,a in self.keys], dtype=int), (self.n, len(two), len(more)))
 
 Ground._merge,Ground.amounts,Ground.network = _merge,_amounts,_network
 Ground.examples = property(lambda self: int(self.source.max(initial=-1)) + 1)
