@@ -117,7 +117,7 @@ def likelihood(
         return w@seen - sum(a*z for a,z,_ in found) - l2/2*w@w, seen - sum(a*e for a,_,e in found) - l2*w
     return value
 
-# %% ../../nbs/hmln/22_likelihood.ipynb #280728ad
+# %% ../../nbs/hmln/22_likelihood.ipynb #71c9adec
 LEARNERS = Registry('learner', dict(likelihood='capnb.hmln.likelihood:learn_likelihood', cd='capnb.hmln.divergence:learn_cd', pseudo='capnb.hmln.pseudo:learn_pseudo'))
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ def maximise(
         if torch.equal(old, w.detach()): break  # no better step in floating point
     return w.detach().numpy().copy(), history[-1], not G or float(w.grad.abs().max()) <= tol*max(1, abs(history[-1])), history
 
+# %% ../../nbs/hmln/22_likelihood.ipynb #eeb9945d
 def learn_likelihood(
     data:list, # of `paired`
     l2:float=.01, # lambda
