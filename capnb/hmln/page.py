@@ -15,10 +15,10 @@ from ..core.figures import figure_svg, new_figure, plotting
 from ..core.markup import Html, details, esc, facts, figure, grid, image, image_uri, markup, num, signed, table, tag
 from ..core.page import Page
 
-# %% ../../nbs/hmln/40_page.ipynb #3b3a7f48
+# %% ../../nbs/hmln/40_page.ipynb #d87e9328
 ORIGINS = { # name -> letter, label, colour of the page, underline
     'fine-tuning': ('F', 'learned in fine-tuning', 1, 'solid'),
-    'before':      ('B', 'known before', 2, 'double'),
+    'known before': ('B', 'known before', 2, 'double'),
     'unexplained': ('U', 'unexplained', 8, 'dotted'),
     'memorised':   ('M', 'memorised in pre-training', 4, 'wavy'),
     'recombined':  ('R', 'recombined from pre-training', 3, 'dashed'),
@@ -70,16 +70,16 @@ def _sense(p):
     low,high = p['interval'] or (None, None)
     return ORIGINS[p['origin']][1] + value + ('' if low is None else f' [{num(low, 2)}, {num(high, 2)}]')
 
-# %% ../../nbs/hmln/40_page.ipynb #57fe565f
+# %% ../../nbs/hmln/40_page.ipynb #87eccb9a
 def examples(
-    hits:list, # [[train_id, I(t;q), caption]]
+    hits:list, # [[train_id, I(t;q) or None, caption]]
     picture=lambda id: None, # train_id -> `data:` address or None
     none:str='None among those that were searched.' # said of an empty list
 )->Html: # cards
-    "Training examples with picture, caption and their mutual information with the phrase"
+    "Training examples with picture, caption and their mutual information with the caption"
     def one(i, value, text):
         uri = picture(i)
-        return tag('div', image(uri, text or f'training image {i}') if uri else '', tag('p', text or '', dir='auto'), tag('p', f'I = {signed(value)} · {i}', cls='cardtitle'), cls='card')
+        return tag('div', image(uri, text or f'training image {i}') if uri else '', tag('p', text or '', dir='auto'), tag('p', f'{i}' if value is None else f'I = {signed(value)} · {i}', cls='cardtitle'), cls='card')
     return grid([one(*h) for h in hits], width=118) if hits else tag('p', none, cls='cardtitle')
 
 def phrase_html(
@@ -121,7 +121,7 @@ def network_html(
     drawing = tag('svg', *out, viewBox=f'0 0 560 {high}', role='img', aria_label=f"{n} of the {part['of']} atoms of the ground network", cls='net')
     return figure(drawing, f"{n} of {part['of']:,} atoms: left those of the caption, right those tied to them most, each with its probability. Whole lines support, dashed lines rule out; thick is strong.")
 
-# %% ../../nbs/hmln/40_page.ipynb #7ac30c4c
+# %% ../../nbs/hmln/40_page.ipynb #ebc5234b
 def trace_html(
     row:dict, # see above
     name:str='c', # prefix of its ids
@@ -137,7 +137,7 @@ def trace_html(
     if not row['phrases']: parts.append(tag('p', 'The parser found no statement in this caption: there is nothing to trace.'))
     parts.append(details('The whole caption: examples that explain it most, and contrasting ones', *whole))
     if row['network'] and row['network']['atoms']: parts.append(details('The ground network', network_html(row['network'])))
-    return tag('article', *parts, details('Numbers', table(values, ['phrase', 'atom', 'origin', 'P'], digits=3)) if values else '', cls='trace')
+    return tag('article', *parts, details('Numbers', table(values, ['phrase', 'atom', 'origin', 'P [90 % over reweighted training examples]'], digits=3)) if values else '', cls='trace')
 
 # %% ../../nbs/hmln/40_page.ipynb #f6bd787d
 def shares(
