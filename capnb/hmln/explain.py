@@ -6,8 +6,8 @@
 __all__ = ['texts_of', 'near_query', 'nearest_wording', 'trace_row', 'Explainer', 'finder', 'Thumbnails', 'ExplainPage',
            'explain']
 
-# %% ../../nbs/hmln/41_explain.ipynb #4076a48e
-import hashlib, json, math, os
+# %% ../../nbs/hmln/41_explain.ipynb #adf40792
+import contextlib, hashlib, json, math, os, signal
 from pathlib import Path
 import numpy as np
 from ..core.errors import ConfigError, DataError, did_you_mean
@@ -82,7 +82,7 @@ def trace_row(
     return dict(id=trace.id, caption=trace.caption, map_score=fine(trace.map_score), log_p=fine(trace.log_p), exact=bool(trace.exact), width=trace.width, n_atoms=trace.n_atoms,
         phrases=[phrase(p) for p in trace.phrases], explaining=hits([i for i,_ in trace.explaining], trace.caption), contrasting=hits([i for i,_ in trace.contrasting], trace.caption), network=None)
 
-# %% ../../nbs/hmln/41_explain.ipynb #aa93b2d6
+# %% ../../nbs/hmln/41_explain.ipynb #2dbb4caa
 _USUAL = dict(C=50, eps=.7, templates=DEFAULT, weights=None, k=10, seed=0, evidence='soft', r='min', method='exact', draws=16, width=WIDTH, keep=False, vectors=None)
 
 class Explainer:
@@ -108,13 +108,23 @@ class Explainer:
         self.index = index(self.table, near); self.old = old and index(old, self.index.vocabulary.near)
         self.visual,self.images = visual and (lambda image, names: visual(image[1], names)),images
     def parse(self, texts, label):
-        "Mentions of each text, in blocks that share the `label` of a bar"
+        "Mentions of each text, in blocks under a bar with this `label`"
         texts,out = list(dict.fromkeys(texts)),{}
         with progress(total=len(texts), label=label, quiet=self.quiet) as bar:
-            for a in range(0, len(texts), 2048): out |= parsed(texts[a:a+2048], self.workers); bar.update(min(2048, len(texts) - a))
+            for a in range(0, len(texts), 2048):
+                with _held(self.workers > 1): out |= parsed(texts[a:a+2048], self.workers)
+                bar.update(min(2048, len(texts) - a))
         return out
 
-# %% ../../nbs/hmln/41_explain.ipynb #efd39a8f
+@contextlib.contextmanager
+def _held(on):
+    "Ctrl-C waits for the end of a lot: processes that are stopped in the middle of it would each print a traceback"
+    if not on or not hasattr(signal, 'pthread_sigmask'): yield; return
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+# %% ../../nbs/hmln/41_explain.ipynb #e7d19a32
 def _known(self, caption, spans, image):
     "1 for each statement that the caption before tuning holds, 0 for the others"
     old,near = [m.atom for m in self.said.get(self.before.get(str(image[0])), ())],self.index.vocabulary.near
@@ -129,7 +139,8 @@ def _rows(self,
     self.said |= self.parse([c for c in captions.values() if c not in self.said], '')
     images = [(i, self.images(i) if self.visual else None) for i in captions]
     tracer = _Tracer(self.index, self.old, self.before and self.known, self.visual, images, self.settings | dict(keep=networks))
-    traces = [t for t,_ in _run(tracer, [(j, i, c, self.said[c]) for j,(i,c) in enumerate(captions.items())], self.workers)]
+    jobs = [(j, i, c, self.said[c]) for j,(i,c) in enumerate(captions.items())]
+    with _held(self.workers > 1): traces = [t for t,_ in _run(tracer, jobs, self.workers)]
     drawn = lambda t: near_query(t.network, [p.atom for p in t.phrases]) if networks and t.phrases else None
     return [trace_row(t, self.table, k) | dict(network=drawn(t)) for t in traces]
 
