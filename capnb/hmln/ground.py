@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'COUNTS', 'Ground', 'ground']
 
-# %% ../../nbs/hmln/20_ground.ipynb #f1b29785
+# %% ../../nbs/hmln/20_ground.ipynb #bf14da8a
 import itertools, json, math
 import numpy as np
 from ..core.errors import ConfigError, DataError
 from .atoms import Words, similarity
-from .fast import with_weights
+from .fast import plan_for, with_weights
 from .network import GroundNetwork
 from .templates import DEFAULT, MOST, Bag, Scope, combiner, features
 
@@ -40,7 +40,7 @@ class Ground:
     def n(self): return len(self.names)
     def __repr__(self): return f"Ground: {self.n} atoms ({self.query} of the caption), {len(self.keys)} features in {len(self.groups)} groups, {len(self.bags)} training captions"
 
-# %% ../../nbs/hmln/20_ground.ipynb #62358ec5
+# %% ../../nbs/hmln/20_ground.ipynb #fdbeaf63
 def _merge(self):
     "Distinct (group, atoms) and which rows belong to each"
     at = {}
@@ -70,6 +70,15 @@ def _network(self,
     w = np.array([float(given[g]) for g in self.groups])[of]*self.amounts(scale) if len(of) else np.zeros(0)
     return with_weights(net, *np.split(np.bincount(at, w, sum(size)) if len(at) else np.zeros(sum(size)), np.cumsum(size)[:2]))
 
+def _width(self,
+    most:int, # widest elimination
+    bags:bool=True # as in `network`
+)->int: # width; more than `most` if it is too wide
+    "Width of the elimination; its plan is kept for all networks of this ground."
+    if bags not in self._kept: self._kept[bags] = _layout(self, bags)
+    plan = plan_for(self._kept[bags][0], most)
+    return most + 1 if plan.left else plan.width
+
 def _layout(self, bags):
     "A network of zeros, the group of each feature, and which weight it adds to"
     sets = dict.fromkeys([a for _,a in self.keys] + ([a for _,a in self.bags if len(a) > 1] if bags else []))
@@ -78,10 +87,10 @@ def _layout(self, bags):
     place = {a: i for i,a in enumerate([(i,) for i in range(self.n)] + two + more)}
     return net, (np.array([g for g,_ in self.keys], dtype=int), np.array([place[a] for _,a in self.keys], dtype=int), (self.n, len(two), len(more)))
 
-Ground._merge,Ground.amounts,Ground.network = _merge,_amounts,_network
+Ground._merge,Ground.amounts,Ground.network,Ground.width = _merge,_amounts,_network,_width
 Ground.examples = property(lambda self: int(self.source.max(initial=-1)) + 1)
 
-# %% ../../nbs/hmln/20_ground.ipynb #834ef24b
+# %% ../../nbs/hmln/20_ground.ipynb #d80beae8
 def ground(
     query, # atoms of the caption
     examples, # [(train id, [atoms of a caption, ...]), ...]: what was retrieved
@@ -97,18 +106,30 @@ def ground(
     if evidence not in ("soft", "hard"): raise ConfigError(f"Evidence is not {evidence!r}", expected="soft or hard")
     names = {tuple(a): i for i,a in enumerate(dict.fromkeys(map(tuple, query)))}
     query,near,merged,bags,ids = list(names),near or Words(),{},[],[]
+    def merge(a): # (similarity, atom it becomes)
+        s,i = max(((similarity(q, a, near), -i) for i,q in enumerate(query)), default=(0., 0)) if a not in names else (1., -names[a])
+        return (s if evidence == "soft" else 1., query[-i]) if query and s >= eps else (1., a)
     for k,(t,captions) in enumerate(examples):
-        for c in dict.fromkeys(map(tuple, captions)):
+        said = []
+        for c in captions:
             best = {}
-            for a in c:
-                if a not in merged: merged[a] = max(((similarity(q, a, near), -i) for i,q in enumerate(query)), default=(0., 0)) if a not in names else (1., -names[a])
-                s,i = merged[a]
-                i,s = (-i, s) if s >= eps and query else (names.setdefault(a, len(names)), 1.)
-                best[i] = max(best.get(i, 0.), s if evidence == "soft" else 1.)
-            atoms = sorted(best, key=lambda i: (i >= len(query), i))[:MOST]
-            bags.append(Bag(k, tuple(atoms), tuple(best[i] for i in atoms))); ids.append((t, tuple(sorted(atoms))))
+            for a in map(tuple, c):
+                s,to = merged[a] if a in merged else merged.setdefault(a, merge(a))
+                best[to] = max(best.get(to, 0.), s)
+            said.append(best)
+        best = _one(said, set(query))
+        for a in best: names.setdefault(a, len(names))
+        atoms = sorted(map(names.get, best), key=lambda i: (i >= len(query), i))[:MOST]; of = {names[a]: s for a,s in best.items()}
+        bags.append(Bag(k, tuple(atoms), tuple(of[i] for i in atoms))); ids.append((t, tuple(sorted(atoms))))
     names = list(names)
     return _rows(Scope(names, len(query), bags, combiner(r), None if g is None else np.asarray(g(names), dtype=float)), templates, ids, count)
+
+def _one(said, query):
+    "The caption nearest to the query, and what the others state of the query"
+    best = dict(max(said, key=lambda c: sum(s for a,s in c.items() if a in query), default={}))
+    for c in said:
+        for a in c.keys() & query: best[a] = max(best.get(a, 0.), c[a])
+    return best
 
 def _rows(scope, templates, ids, count):
     "Features as arrays"
