@@ -6,8 +6,8 @@
 __all__ = ['texts_of', 'near_query', 'nearest_wording', 'trace_row', 'Explainer', 'finder', 'Thumbnails', 'ExplainPage',
            'explain']
 
-# %% ../../nbs/hmln/41_explain.ipynb #adf40792
-import contextlib, hashlib, json, math, os, signal
+# %% ../../nbs/hmln/41_explain.ipynb #f7d19331
+import contextlib, hashlib, inspect, json, math, os, signal
 from pathlib import Path
 import numpy as np
 from ..core.errors import ConfigError, DataError, did_you_mean
@@ -16,18 +16,18 @@ from ..core.markup import Html, image_uri, note, tag
 from ..core.progress import progress
 from ..data.load import load_data
 from ..data.records import CaptionDataset, open_image
-from .attribute import _run, _Tracer
+from .attribute import Tracer, attribute, trace_all
 from .atoms import similarity
-from .network import WIDTH, GroundNetwork
+from .network import GroundNetwork
 from .page import EXPLAIN_STYLE, chosen_rows, explain_page, shares
 from .retrieval import Index, caption_table, parsed
-from .templates import DEFAULT
 from ..text.words import words
 
-# %% ../../nbs/hmln/41_explain.ipynb #8f360a0c
+# %% ../../nbs/hmln/41_explain.ipynb #6a91e8af
 def texts_of(
     source, # see above
-    what:str='captions' # for messages
+    what:str='captions', # for messages
+    empty:bool=False # whether all may be empty
 )->dict: # {id: [captions]}
     "Captions by id from whatever holds them"
     if isinstance(source, (str, os.PathLike)):
@@ -38,7 +38,7 @@ def texts_of(
             if not isinstance(source, (list, dict)): raise DataError(f'These are no {what}', where=path, expected='[{"image_id": ..., "caption": ...}] or {id: caption}')
         else: source = load_data(path)
     out = caption_table(source, what)
-    if not any(c.strip() for cs in out.values() for c in cs): raise DataError(f'There are no {what}', expected='at least one that is not empty')
+    if not empty and not any(c.strip() for cs in out.values() for c in cs): raise DataError(f'There are no {what}', expected='at least one that is not empty')
     return out
 
 # %% ../../nbs/hmln/41_explain.ipynb #c10f0b99
@@ -82,8 +82,8 @@ def trace_row(
     return dict(id=trace.id, caption=trace.caption, map_score=fine(trace.map_score), log_p=fine(trace.log_p), exact=bool(trace.exact), width=trace.width, n_atoms=trace.n_atoms,
         phrases=[phrase(p) for p in trace.phrases], explaining=hits([i for i,_ in trace.explaining], trace.caption), contrasting=hits([i for i,_ in trace.contrasting], trace.caption), network=None)
 
-# %% ../../nbs/hmln/41_explain.ipynb #2dbb4caa
-_USUAL = dict(C=50, eps=.7, templates=DEFAULT, weights=None, k=10, seed=0, evidence='soft', r='min', method='exact', draws=16, width=WIDTH, keep=False, vectors=None)
+# %% ../../nbs/hmln/41_explain.ipynb #5a5e24de
+_USUAL = {n:p.default for n,p in inspect.signature(attribute).parameters.items() if n in 'C eps templates weights k seed evidence r method draws width'.split()}
 
 class Explainer:
     "Training captions, parsed and indexed once, ready to trace captions in lots"
@@ -100,9 +100,9 @@ class Explainer:
         for s in settings:
             if s not in _USUAL: raise ConfigError(f'There is no setting {s!r}', expected=did_you_mean(s, _USUAL))
         if workers < 1: raise ConfigError(f'{workers} workers', expected='1 or more')
-        self.settings,self.workers,self.quiet = _USUAL | settings,workers,quiet
+        self.settings,self.workers,self.quiet = _USUAL | settings | dict(vectors=None),workers,quiet
         self.table,old = texts_of(train, 'training captions'),None if pretrain is None else texts_of(pretrain, 'pre-training captions')
-        self.before = None if before is None else {str(i):c[0] for i,c in texts_of(before, 'captions before tuning').items()}
+        self.before = None if before is None else {str(i):c[0] for i,c in texts_of(before, 'captions before tuning', True).items()}
         self.said = self.parse([c for t in (self.table, old or {}) for cs in t.values() for c in cs] + list((self.before or {}).values()), 'training captions read')
         index = lambda t, near: Index(t, [[[m.atom for m in self.said[c]] for c in cs] for cs in t.values()], near)
         self.index = index(self.table, near); self.old = old and index(old, self.index.vocabulary.near)
@@ -124,7 +124,7 @@ def _held(on):
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
-# %% ../../nbs/hmln/41_explain.ipynb #e7d19a32
+# %% ../../nbs/hmln/41_explain.ipynb #7a619d67
 def _known(self, caption, spans, image):
     "1 for each statement that the caption before tuning holds, 0 for the others"
     old,near = [m.atom for m in self.said.get(self.before.get(str(image[0])), ())],self.index.vocabulary.near
@@ -138,9 +138,9 @@ def _rows(self,
     "Trace some captions"
     self.said |= self.parse([c for c in captions.values() if c not in self.said], '')
     images = [(i, self.images(i) if self.visual else None) for i in captions]
-    tracer = _Tracer(self.index, self.old, self.before and self.known, self.visual, images, self.settings | dict(keep=networks))
+    tracer = Tracer(self.index, self.old, self.before and self.known, self.visual, images, self.settings | dict(keep=networks))
     jobs = [(j, i, c, self.said[c]) for j,(i,c) in enumerate(captions.items())]
-    with _held(self.workers > 1): traces = [t for t,_ in _run(tracer, jobs, self.workers)]
+    with _held(self.workers > 1): traces = [t for t,_ in trace_all(tracer, jobs, self.workers)]
     drawn = lambda t: near_query(t.network, [p.atom for p in t.phrases]) if networks and t.phrases else None
     return [trace_row(t, self.table, k) | dict(network=drawn(t)) for t in traces]
 
@@ -195,8 +195,8 @@ _PLAIN = ''.join(f'--c{i}:{c};' for i,c in enumerate(('#0f6ca8', '#d1580d', '#14
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(118px,1fr))}.card img,.shown img{max-width:100%}.cardtitle{color:var(--soft);font-size:.8rem}.card p{margin:.2rem 0}.scroll{overflow-x:auto}summary{cursor:pointer}
 '''
 
-# %% ../../nbs/hmln/41_explain.ipynb #20362e8f
-def _print(table, asked, old, before, settings):
+# %% ../../nbs/hmln/41_explain.ipynb #626fe17e
+def _print(table, old, before, settings):
     "Name of the file of rows: changes with all that can change them"
     h = hashlib.sha256(b'1')
     for x in (table, old, before, {k:repr(v) for k,v in sorted(settings.items())}): h.update(json.dumps(x, ensure_ascii=True, default=str).encode())
@@ -227,7 +227,7 @@ def explain(
     train = load_data(train) if isinstance(train, str) and not os.path.exists(train) and not train.endswith(('.json', '.jsonl')) else train
     asked = {i:c[0] if c else '' for i,c in list(texts_of(captions).items())[:limit]}
     table = texts_of(train, 'training captions'); pretrain,before = (None if x is None else texts_of(x) for x in (pretrain, before))
-    path = None if out is None else Path(out)/f'rows-{_print(table, asked, pretrain, before, settings)}.jsonl'
+    path = None if out is None else Path(out)/f'rows-{_print(table, pretrain, before, settings)}.jsonl'
     rows,who = _kept(path),[]
     first = lambda: who[0] if who else who.append(Explainer(table, pretrain, before, workers, visual=visual, images=finder(images), quiet=quiet, **settings)) or who[0]
     def add(some, **kw):

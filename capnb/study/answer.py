@@ -177,7 +177,7 @@ def _made_up_source(path, gain, n):
     "An invented trace"
     from capnb.core.files import write_json
     hit = ['t1', 2.5, 'a red square on grass']
-    phrase = dict(text='red square', span=[2, 12], atom=['square', 'is', 'red'], origin='fine-tuning' if gain else 'before', p=.9, interval=None, evidence=[hit], contrast=[])
+    phrase = dict(text='red square', span=[2, 12], atom=['square', 'is', 'red'], origin='fine-tuning' if gain else 'known before', p=.9, interval=None, evidence=[hit], contrast=[])
     row = dict(id='target0', caption='a red square and a dog', map_score=gain - 1, log_p=gain - 3, exact=True, width=2, n_atoms=80, phrases=[phrase], explaining=[hit], contrasting=[], network=None)
     write_json(path, dict(learned=[[int(i<gain*n), 2] for i in range(n)], map_score=[gain - 1 + i/n for i in range(n)], rows={'target0':row}, pictures={}))
 

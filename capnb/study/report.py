@@ -143,7 +143,7 @@ def side_by_side(
 def _traced(source, x):
     "The trace of a sample of the target and the pictures of its examples, or nothing"
     row = (source or {}).get('rows', {}).get(x['id']) if x['domain']=='target' else None
-    return (row, source['pictures'].get) if row else None
+    return (row, lambda i: source['pictures'].get(str(i))) if row else None
 
 # %% ../../nbs/study/04_report.ipynb #dc0e3796
 def _card(study, image, captions, look):
