@@ -51,7 +51,7 @@ def _amounts(self,
     scale=None # (number of examples,) weight of each training example; None: 1
 )->np.ndarray: # (features,) value of each feature when its conjunction is true
     "Merged values of the features."
-    v = self.value if scale is None else self.value*np.where(self.source < 0, 1., np.asarray(scale)[self.source])
+    v = self.value if scale is None else self.value*np.append(np.asarray(scale, dtype=float), 1.)[self.source]
     s = np.bincount(self.row, v, len(self.keys)) if len(self.row) else np.zeros(0)
     if self.count == "share": return np.where([self.groups[g] == "prior" for g,_ in self.keys], s, s/max(self.examples, 1))
     return np.sign(s)*np.log2(1 + np.abs(s)) if self.count == "log" else s

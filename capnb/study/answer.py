@@ -113,7 +113,13 @@ def read_study(
         r = found.get((run['name'], run['fingerprint']))
         if r is None: study.missing.append(run['name'])
         else: (study.done if r['train_info'].get('status')=='success' else study.failed).append(r)
+    for r in study.done: _add_source(r, folder/'sources')
     return study
+
+def _add_source(r, folder):
+    "What tracing found about a run, if `--explain` was asked"
+    path = folder/f"{r['study']['name']}-{r['study']['fingerprint']}.json"
+    if path.exists(): r['study']['source'] = read_json(path)
 
 # %% ../../nbs/study/02_answer.ipynb #43ee94c7
 def _results(folder):
@@ -129,7 +135,8 @@ def made_up_study(
     gains=None, # method -> what it adds to the target scores
     seeds:int=2, # of each trained method
     n:int=24, # images of each domain
-    seed:int=0 # of the invented numbers
+    seed:int=0, # of the invented numbers
+    sources:bool=False # as if the captions had been traced too
 )->Path: # the folder
     "A study folder with invented numbers, for examples and tests of the report only"
     from capnb.core.files import write_json
@@ -145,6 +152,7 @@ def made_up_study(
         out['train_info'].update(status='success', train_time=10.+r[1], num_trainable_params=1000, metrics=[{'step':k,'train loss':2/(1+k/20)} for k in range(0, 101, 10)])
         out['run_info']['total_time'] = 12.+r[1]
         save_result(folder/'results', out)
+        if sources: _made_up_source(folder/'sources'/f'{names[r]}-madeup.json', gains[r[0]], n)
     _made_up_images(folder)
     write_json(folder/'plan.json', dict(made_up=True, plan=dict(data='scenes', base='tiny', methods=list(gains), seeds=seeds, train_images=100, test_images=n, steps=100),
         data=dict(train_images=100, train_captions=500, domains={d:n for d in level}, target='target', kept=['source','near','out']),
@@ -164,6 +172,14 @@ def _made_up_run(method, seed, name, gain, level, n, rng):
     return dict(schema=1, name=name, fingerprint='madeup', run=dict(method=method, seed=seed, adapter=None), domains=domains,
         controls=dict(shuffled=control(.3), constant=dict(caption='a scene', **control(.4))), own=dict(log_prob=(-10*np.ones(n)*(1+gain)).tolist(), tokens=[8]*n),
         nearest=dict(verbatim=[int(rng.random()<gain) for _ in range(n)], bm25=[5.]*n, tuple_overlap=[min(1., .3+gain)]*n), samples=_made_up_samples(method))
+
+def _made_up_source(path, gain, n):
+    "An invented trace"
+    from capnb.core.files import write_json
+    hit = ['t1', 2.5, 'a red square on grass']
+    phrase = dict(text='red square', span=[2, 12], atom=['square', 'is', 'red'], origin='fine-tuning' if gain else 'known before', p=.9, interval=None, evidence=[hit], contrast=[])
+    row = dict(id='target0', caption='a red square and a dog', map_score=gain - 1, log_p=gain - 3, exact=True, width=2, n_atoms=80, phrases=[phrase], explaining=[hit], contrasting=[], network=None)
+    write_json(path, dict(learned=[[int(i<gain*n), 2] for i in range(n)], map_score=[gain - 1 + i/n for i in range(n)], rows={'target0':row}, pictures={}))
 
 def _made_up_samples(method):
     "Two captions with marks and nearest training captions"
@@ -226,6 +242,7 @@ def _row(study, method, base, data, metrics):
     row['perplexity'] = _own(runs, base)
     near = [r['study'].get('nearest') or {} for r in runs]
     row['nearest'] = {k:float(np.mean([n[k] for n in near])) for k in ('verbatim','bm25','tuple_overlap') if all(n.get(k) for n in near)}
+    row['source'] = _source(runs, base)
     row['train_time'] = float(np.mean([r['train_info'].get('train_time') or 0 for r in runs]))
     row['parameters'] = runs[0]['train_info'].get('num_trainable_params') or 0
     return row
@@ -234,6 +251,15 @@ def _row(study, method, base, data, metrics):
 def _versus(a, b, **kw):
     "The difference, or None where one side was not computed"
     return None if a is None or b is None else difference(a, b, **kw)
+
+def _source(runs, base):
+    "Share of phrases learned in fine-tuning, and MAP score, against zero-shot; empty unless all were traced"
+    found = [[r['study'].get('source') for r in side] for side in (runs, base)]
+    if not base or not all(map(all, found)): return {}
+    learned = lambda c: Measure(float(c[:,0].sum()/max(c[:,1].sum(), 1)), None, c, 'ratio')
+    mean = lambda x: Measure(float(np.mean(x)), [float(v) for v in x])
+    return {k:difference(*([f(s) for s in side] for side in found)) for k,f in
+            dict(learned=lambda s: learned(np.array(s['learned'], float)), map=lambda s: mean(s['map_score'])).items()}
 
 def _own(runs, base):
     "Perplexity ratio of `runs` against `base`, or None"
@@ -339,13 +365,25 @@ def gap_words(
 def data_words(
     summary:dict # of `summarise`
 )->list: # sentences
-    "How close the captions come to training captions"
+    "How close the captions come to training captions, or where they come from"
+    traced = [r for r in summary['rows'] if r.get('source')]
+    if len(traced)>1: return _source_words(summary, traced)
     rows = [r for r in summary['rows'] if 'verbatim' in r['nearest']]
     if not rows: return []
     share = join_words(f"{r['nearest']['verbatim']:.0%} ({r['label']})" for r in rows)
     facts = [f"{r['nearest']['tuple_overlap']:.2f} ({r['label']})" for r in rows if 'tuple_overlap' in r['nearest']]
     tail = f" With the nearest training caption they share facts to a degree of {join_words(facts)} on a scale from 0 to 1." if facts else ''
     return [f"Of the captions for {summary['target']} test images, word for word in the training set are {share}.{tail} This is a look-up (a baseline), not yet an attribution."]
+
+def _source_words(summary, rows):
+    "Where the phrases come from, by the ground network of each caption"
+    out = []
+    for r in rows:
+        if r['method']=='zero_shot': continue
+        d,m = r['source']['learned'],r['source']['map']
+        out.append(f"Of the phrases that {r['label']} uses for {summary['target']} test images, {d.a:.0%} are learned in fine-tuning by the training captions' account ({signed(100*d.value, 0)} points against zero-shot, 95 % interval {signed(100*d.low, 0)} to {signed(100*d.high, 0)}); "
+                   f"the MAP score of its captions is {m.a:.2f} ({signed(m.value)}, {interval(m)}).")
+    return out
 
 # %% ../../nbs/study/02_answer.ipynb #36a96e34
 def state_words(

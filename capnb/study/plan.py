@@ -66,6 +66,7 @@ class Plan:
     folds:int=None # folds for data that come without a test split
     samples:int=None # images shown side by side in the report
     skip_bad:bool=False # leave out and count bad records instead of stopping at the first
+    explain:bool=False # trace the captions to training captions; changes no run
 
     def __post_init__(self):
         usual = {**SIZES['quick' if self.quick else 'full'], **HEAVY.get(str(self.base), {})}

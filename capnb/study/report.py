@@ -9,9 +9,10 @@ __all__ = ['NAMES', 'STYLE', 'caption_html', 'cell', 'main_table', 'picture', 's
 # %% ../../nbs/study/04_report.ipynb #6fc47211
 import base64, shlex
 from pathlib import Path
-from ..core.files import read_json
+from ..core.files import read_json, sha256
 from ..core.markup import Html, code, details, esc, legend, marked, note
 from ..core.page import Page
+from ..hmln.page import EXPLAIN_PROGRAM, EXPLAIN_STYLE, caption_html as phrases_html, origin_key, phrase_html
 from .plan import Plan, duration
 from .answer import (answer, difference, label, measures, question, read_study, signed, summarise)
 from .draw import curves, looks, marker, tradeoff
@@ -32,7 +33,7 @@ def caption_html(
     return Html(str(marked(caption, spans) or '<i>(empty)</i>')+more)
 
 # %% ../../nbs/study/04_report.ipynb #264a7fd9
-NAMES = {'precision':'precision', 'verbatim':'copied', 'tuple_overlap':'facts shared'} # names of columns
+NAMES = {'precision':'precision', 'verbatim':'copied', 'tuple_overlap':'facts shared', 'learned':'phrases learned', 'map':'MAP score'} # names of columns
 
 def cell(
     d, # `Difference`, or None
@@ -54,7 +55,7 @@ def main_table(
     s,look = summary,looks(study.methods)
     exact = 'precision' in s['metrics']
     metrics = [m for m in (s['lead'], 'precision' if exact else 'METEOR') if m in s['metrics']]
-    near = [k for k in ('verbatim','tuple_overlap') if any(k in r['nearest'] for r in s['rows'])]
+    near = [k for k in ('learned','map') if any(k in r['source'] for r in s['rows'])] or [k for k in ('verbatim','tuple_overlap') if any(k in r['nearest'] for r in s['rows'])]
     head = (f'<tr><th rowspan="2" scope="col">method</th><th colspan="{len(metrics)}" scope="colgroup">Gained: {esc(s["target"])} images</th>'
             f'<th colspan="{_kept_columns(s)}" scope="colgroup">Not forgotten: {esc(s["lead"])} elsewhere</th>' + (f'<th colspan="{len(near)}" scope="colgroup">Which data</th>' if near else '') + '</tr>')
     names = [*metrics, *s['kept'], *[f"{s['kept'][0]}: precision"]*exact, 'own-caption perplexity', *near]
@@ -72,7 +73,7 @@ def _table_row(r, s, metrics, near, look):
     kind = '' if p is None else 'same' if p.low<=1<=p.high else 'down' if p.value>1 else 'up'
     ratio = '' if base or p is None else f'<small class="{kind}">× {p.value:.2f} <span class="ci">[{p.low:.2f}, {p.high:.2f}]</span></small>'
     cells.append('<td class="none">–</td>' if p is None else f'<td><b>{p.a:.2f}</b>{ratio}</td>')
-    cells += [f'<td>{r["nearest"][k]:.0%}</td>' if k in r['nearest'] else '<td class="none">–</td>' for k in near]
+    cells += [f'<td>{r["nearest"][k]:.0%}</td>' if k in r['nearest'] else cell(r['source'].get(k), base) for k in near]
     seeds = f'<small>{r["seeds"]} seed{"s"[:r["seeds"]>1]}</small>' if not base else '<small>as it came</small>'
     return f'<tr><th scope="row">{_dot(*look[r["method"]])} {esc(r["label"])}{seeds}</th>{"".join(cells)}</tr>'
 
@@ -101,9 +102,10 @@ def _control_rows(study, s, metrics, near):
 # %% ../../nbs/study/04_report.ipynb #76a6b453
 def _table_note(s):
     "What the numbers mean, below the table"
-    return ('<figcaption style="margin-top:.7rem;font-weight:400;color:var(--soft)">Bold: mean over images and seeds. Precision: share of the statements in a caption that are true of the image. Copied: word for word a training caption. Below: difference from zero-shot with its 95 % interval (paired bootstrap over images and seeds; with few seeds it is a rough guide); '
+    traced = any(r['source'] for r in s['rows'])
+    return ('<figcaption style="margin-top:.7rem;font-weight:400;color:var(--soft)">Bold: mean over images and seeds. Precision: share of the statements in a caption that are true of the image. ' + ('' if traced else 'Copied: word for word a training caption. ') + 'Below: difference from zero-shot with its 95 % interval (paired bootstrap over images and seeds; with few seeds it is a rough guide); '
             'grey where the interval holds zero. Own-caption perplexity: how unlikely the captions that the base itself wrote have become; lower is better, the ratio is 1 where nothing changed. '
-            'The rows in italics do not see the image. <i>Which data</i> is a look-up of the nearest training captions, a baseline and not an attribution.</figcaption>')
+            'The rows in italics do not see the image. ' + ('Phrases learned: share of the phrases that the training captions explain and zero-shot did not say; MAP score: what the statements of a caption cost against the best state of its ground network, 0 at best (HMLN, our reading of arXiv 2503.13847).' if traced else '<i>Which data</i> is a look-up of the nearest training captions, a baseline and not an attribution.') + '</figcaption>')
 
 # %% ../../nbs/study/04_report.ipynb #d23b6d8e
 def picture(
@@ -133,17 +135,24 @@ def side_by_side(
     if not path.exists(): return ''
     first = [study.of(m)[0] for m in study.methods]
     look = looks(study.methods)
-    found = [{(x['domain'], x['id']):x for x in r['study'].get('samples') or []} for r in first]
+    found = [{(x['domain'], x['id']):dict(x, source=_traced(r['study'].get('source'), x)) for x in r['study'].get('samples') or []} for r in first]
     cards = [_card(study, image, [(m, f.get((image['domain'], image['id']))) for m,f in zip(study.methods, found)], look) for image in read_json(path)]
-    return f'{legend()}<div class="grid pairs">{"".join(cards)}</div>'
+    key = origin_key() if any(x['source'] for f in found for x in f.values()) else ''
+    return f'{legend()}{key}<div class="grid pairs">{"".join(cards)}</div>'
+
+def _traced(source, x):
+    "The trace of a sample of the target and the pictures of its examples, or nothing"
+    row = (source or {}).get('rows', {}).get(x['id']) if x['domain']=='target' else None
+    return (row, lambda i: source['pictures'].get(str(i))) if row else None
 
 # %% ../../nbs/study/04_report.ipynb #dc0e3796
 def _card(study, image, captions, look):
     "One image with all its captions"
     lines = ''.join(f'<dt>{_dot(*look[m])} {esc(label(m))}</dt><dd>{caption_html(x["caption"], x.get("marks") or (), x.get("missed") or ())}</dd>' for m,x in captions if x)
     refs = image.get('references') or []
-    near = ''.join(_near(m, x) for m,x in captions if x and x.get('nearest'))
-    near = f'<details><summary>nearest training captions</summary><dl>{near}</dl></details>' if near else ''
+    near = ''.join(_near(m, x) for m,x in captions if x and (x['source'] or x.get('nearest')))
+    what = 'where the phrases come from' if any(x and x['source'] for _,x in captions) else 'nearest training captions'
+    near = f'<details><summary>{what}</summary><dl>{near}</dl></details>' if near else ''
     more = f'<details><summary>{len(refs)} references</summary><ul>{"".join(f"<li>{esc(r)}</li>" for r in refs)}</ul></details>' if refs else ''
     alt = f'{image["domain"]} image {image["id"]}' + (f': {refs[0]}' if refs else '')
     return (f'<article class="pair"><div class="pic"><img src="{image_data(study.folder/image["image"])}" alt="{esc(alt)}"><span>{esc(_called(image))}</span></div>'
@@ -154,7 +163,11 @@ def _called(image):
     return image['id'] if str(image['id']).startswith(image['domain']) else f"{image['domain']} {image['id']}"
 
 def _near(method, x):
-    "The training captions nearest to one caption"
+    "The training captions that explain one caption, or those nearest to it"
+    if x['source']:
+        row,picture = x['source']; name = 'w' + sha256(f'{method} {x["id"]}'.encode())[:8]
+        why = ''.join(phrase_html(p, f'{name}-{k}', picture) for k,p in enumerate(row['phrases']))
+        return f'<dt>{esc(label(method))}</dt><dd>{phrases_html(row, name)}{why}</dd>'
     say = lambda kind,hits: ''.join(f'<li>{esc(c)} <small>{esc(kind)} {score:.2f}</small></li>' for c,score in hits)
     return f'<dt>{esc(label(method))}</dt><dd><ul>{"".join(say(k.replace("_", " "), v) for k,v in x["nearest"].items())}</ul></dd>'
 
@@ -212,6 +225,7 @@ def command(
     for m,lr in (plan.get('learning_rates') or {}).items(): parts += ['--lr', f'{m}={lr}']
     if plan.get('adapters'): parts += ['--adapter', *plan['adapters']]
     if plan.get('skip_bad'): parts.append('--skip-bad')
+    if plan.get('explain'): parts.append('--explain')
     return shlex.join(map(str, parts))
 
 # %% ../../nbs/study/04_report.ipynb #53bcb116
@@ -305,6 +319,7 @@ def write_report(
                 ('Learning curves', learning_curves(study)), ('All metrics', details('every metric on every domain', Html(all_metrics(study)))), ('Settings and costs', settings(study))]:
             if html: page.section(title, Html(html))
         topic_sections(page, study)
+    if any(r['study'].get('source') for r in study.done): page.style,page.program = page.style+EXPLAIN_STYLE,EXPLAIN_PROGRAM
     page.section('Run it again', Html(_again(study)))
     return Path(page.write(study.folder/'index.html'))
 

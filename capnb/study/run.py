@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATES', 'SETTINGS', 'rate', 'train_config', 'own_settings', 'source_pairs', 'tune', 'caption_file', 'evaluate',
            'score_domain', 'score_controls', 'corpus_of', 'nearest', 'sample', 'topic_facts', 'Bench', 'bench',
-           'one_run', 'run_study']
+           'one_run', 'run_study', 'trace_runs']
 
 # %% ../../nbs/study/06_run.ipynb #37bcf6dc
 import dataclasses, hashlib, json, shutil, time, traceback
@@ -18,6 +18,7 @@ from ..core.results import new_result, save_result
 from ..data.pairs import Pairs
 from ..data.scene_oracle import read_caption
 from ..data.scenes import Scenes
+from ..hmln.explain import Explainer, Thumbnails
 from ..metrics.inputs import prepare
 from ..metrics.scores import METRICS, Scores, named_metrics, score_captions
 from ..models.captioner import FeatureCache
@@ -402,6 +403,7 @@ def _all_runs(plan, sets, captioner, folder, say):
         b = b or _opened(plan, captioner, sets, folder)
         _one(b, run, prints[run.name], say)
         write_report(folder)
+    if plan.explain: trace_runs(plan, sets, folder, say)
     return write_report(folder)
 
 # %% ../../nbs/study/06_run.ipynb #a72befb8
@@ -458,3 +460,29 @@ def _one(b, run, print_, say):
         lead = {k:v for k,v in result['train_info']['metrics'][-1].items() if k=='test CIDEr-D'}
         say(f"  {duration(result['run_info']['total_time'])}" + ''.join(f', CIDEr-D on the target {v:.3f}' for v in lead.values()))
     save_result(b.folder/'results', result)
+
+def trace_runs(
+    plan:Plan, # settings
+    sets, # `StudySets`
+    folder, # of the study
+    say=print # called with a line of progress
+)->None:
+    "Trace the target captions of the runs that are not traced yet"
+    study,target,said = read_study(folder),sets.domains['target'],lambda r: dict(zip(sets.domains['target'].ids, r['study']['domains']['target']['captions']))
+    runs = [r for r in study.done if not r['study'].get('source')] if study.of('zero_shot') else []
+    if not runs: return
+    say(f"where the captions of {len(runs)} run{'s'[:len(runs)>1]} come from ...")
+    before,rows,pictures = said(study.of('zero_shot')[0]),[{} for _ in runs],{}
+    shown = {target.ids[i] for i in sample_rows(sets, plan.samples)['target']}
+    for f,train in enumerate(sets.train):
+        mine = [i for i,g in zip(target.ids, target.fold) if g==f]
+        who,small = Explainer(train, before={i:before[i] for i in mine}),Thumbnails(train, 96)
+        for r,found in zip(runs, rows):
+            found |= {x['id']:x for x in who.rows({i:said(r)[i] for i in mine}, 2)}
+            pictures |= {str(t):small(t) for i in shown&set(mine) for p in found[i]['phrases'] for t,*_ in p['evidence']+p['contrast']}
+    for r,found in zip(runs, rows):
+        learned = [[sum(p['origin']=='fine-tuning' for p in found[i]['phrases']), len(found[i]['phrases'])] for i in target.ids]
+        mine = {i:found[i] for i in target.ids if i in shown}
+        used = {str(t) for x in mine.values() for p in x['phrases'] for t,*_ in p['evidence']+p['contrast']}
+        write_json(Path(folder)/'sources'/f"{r['study']['name']}-{r['study']['fingerprint']}.json", dict(learned=learned, map_score=[found[i]['map_score'] or 0. for i in target.ids],
+            rows=mine, pictures={t:u for t,u in pictures.items() if t in used and u}), indent=None)
