@@ -61,7 +61,7 @@ class KLAFTNet(FeatureNet):
         "LM head inputs of `E` (B, T, d) beside `memory`, with or without a `cache`."
         return self.both(E, memory, cache=cache)[1]
 
-# %% ../../nbs/klaft/18_captioner.ipynb #60792288
+# %% ../../nbs/klaft/18_captioner.ipynb #eb7a1795
 class KLAFTCaptioner(FeatureCaptioner):
     "A captioner with mapping layer, modified attention and topic control."
     def __init__(self,
@@ -101,7 +101,7 @@ class KLAFTCaptioner(FeatureCaptioner):
         seed: int = 0,  # of the noise
     ):
         "Start the topics from the states of target captions."
-        if len(self.topics.beta) > 1: init_topics(self, self.topics, examples, how=how, seed=seed)
+        if self.topics.num_topics: init_topics(self, self.topics, examples, how=how, seed=seed)
         return self
 
 # %% ../../nbs/klaft/18_captioner.ipynb #c09614d8

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['Tcm', 'prepare', 'scale', 'words', 'topics_of']
 
-# %% ../../nbs/klaft/13_method.ipynb #ef096ccd
+# %% ../../nbs/klaft/13_method.ipynb #b409517c
 from ..core.errors import ConfigError
 from .peft_tcm import TCMConfig, TCMLayer
 from .topics import TopicControl, TopicMap, init_topics, topic_map, topic_words
 from ..models.captioner import method_of
 from ..tune.methods import PeftTuned, no_future
 
-# %% ../../nbs/klaft/13_method.ipynb #1d811a81
+# %% ../../nbs/klaft/13_method.ipynb #1e3fab5f
 class Tcm(PeftTuned):
     "Topics before the output layer (KLAFT)."
     method = "tcm"
-    defaults = {"num_topics": 10, "omega": .2, "transform": "addition", "mixture": "prob", "learn_omega": False, "residual": .9, "seed": 0, "init": "mean"}
+    defaults = {"num_topics": 10, "omega": .2, "transform": "addition", "mixture": "prob", "learn_omega": False, "residual": .9, "seed": 0, "prior": "softmax", "init": "mean"}
 
     def _attach(self, init, **config):
         from peft import get_peft_model
@@ -61,7 +61,7 @@ def scale(self,
     self.alpha = self.control.alpha = float(alpha)
     return self
 
-# %% ../../nbs/klaft/13_method.ipynb #0e8fe08e
+# %% ../../nbs/klaft/13_method.ipynb #536eef05
 @method_of(Tcm)
 def words(self,
     k: int = 10,  # words of each topic

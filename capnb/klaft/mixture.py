@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRANSFORMS', 'Z_MIN', 'S_MIN', 'topic_hidden', 'wide', 'log_softmax', 'naive_log_probs', 'streamed_log_probs',
-           'scaled', 'mixture_log_probs', 'hidden_mixture']
+           'scaled', 'mixture_log_probs', 'hidden_mixture', 'stick_log_prior']
 
 # %% ../../nbs/klaft/00_mixture.ipynb #c071acce
 import torch
@@ -158,3 +158,11 @@ def hidden_mixture(
         if transform == "addition": out = x*(1 - omega*(1 - pi[..., :1])) + omega*(pi[..., 1:].to(x.dtype) @ wide(g))
         else: out = pi[..., :1]*x + torch.einsum("...k,...kd->...d", pi[..., 1:], topic_hidden(x, g, omega, transform))
     return out.to(h.dtype)
+
+# %% ../../nbs/klaft/00_mixture.ipynb #275e4219
+def stick_log_prior(
+    a:torch.Tensor, # (..., K) log-odds of each break, the residual's first
+)->torch.Tensor: # (..., K+1) log pi
+    "Weights by stick-breaking; the last component takes what is left"
+    left = nn.functional.logsigmoid(-a).cumsum(-1)  # (..., K) log of what remains after each break
+    return torch.cat([nn.functional.logsigmoid(a[..., :1]), nn.functional.logsigmoid(a[..., 1:]) + left[..., :-1], left[..., -1:]], -1)

@@ -6,7 +6,7 @@
 __all__ = ['TABLES', 'TCMConfig', 'head_of', 'final_norm', 'cap_after', 'uncap', 'TCMLayer', 'update_layer', 'set_adapter',
            'merge', 'TCMModel', 'register_tcm', 'check_sft']
 
-# %% ../../nbs/klaft/12_peft_tcm.ipynb #70cc7cf1
+# %% ../../nbs/klaft/12_peft_tcm.ipynb #ef745c96
 from dataclasses import dataclass
 from typing import Optional, Union  # these, PeftType and TaskType: for annotations that PeftConfig hands on
 import peft, torch
@@ -18,7 +18,7 @@ from .topics import TopicControl, softcap_of
 from ..models.captioner import method_of
 from ..models.generic import language_decoder
 
-# %% ../../nbs/klaft/12_peft_tcm.ipynb #0dcb79a9
+# %% ../../nbs/klaft/12_peft_tcm.ipynb #1f51615c
 @dataclass
 class TCMConfig(PeftConfig):
     "Settings of topic control."
@@ -29,6 +29,7 @@ class TCMConfig(PeftConfig):
     learn_omega: bool = False  # train omega, too
     residual: float = .9  # prior of the residual at the start
     seed: int = 0  # of the topics' first values
+    prior: str = "softmax"  # over topics, or "stick": by stick-breaking
     layer: str|None = None  # name, or its end, of the output layer (of the final norm for "hidden"); None: found
     target_modules: str|list|None = None  # the same, as peft calls it
     modules_to_save: list|None = None  # further modules to train and save whole
@@ -47,7 +48,7 @@ class TCMConfig(PeftConfig):
         softcap: float|None = None,  # of the model
     ) -> TopicControl:
         "A new module of these settings."
-        keys = ("num_topics", "omega", "transform", "mixture", "learn_omega", "residual", "seed")
+        keys = ("num_topics", "omega", "transform", "mixture", "learn_omega", "residual", "seed", "prior")
         with torch.device("cpu"): return TopicControl(d, **{k: getattr(self, k) for k in keys}, softcap=softcap)
 
 # %% ../../nbs/klaft/12_peft_tcm.ipynb #8ff8e4dd

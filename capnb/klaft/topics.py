@@ -7,7 +7,7 @@ __all__ = ['TopicControl', 'log_prior', 'topic_logits', 'base_and_topics', 'hidd
            'init', 'caption_states', 'init_topics', 'likeliest', 'topic_share', 'topic_shares', 'TopicMap',
            'word_spans', 'topic_map', 'topic_words', 'softcap_of']
 
-# %% ../../nbs/klaft/02_topics.ipynb #79cd9248
+# %% ../../nbs/klaft/02_topics.ipynb #b36aec8f
 import html, math, re
 from dataclasses import dataclass
 import torch
@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from ..core.errors import ConfigError, DataError
 from ..core.markup import Html, markup, tag
 from .fused import mixture_nll
-from .mixture import TRANSFORMS, hidden_mixture, log_softmax, mixture_log_probs, naive_log_probs, scaled, streamed_log_probs, topic_hidden, wide
+from .mixture import TRANSFORMS, hidden_mixture, log_softmax, mixture_log_probs, naive_log_probs, scaled, stick_log_prior, streamed_log_probs, topic_hidden, wide
 from ..models.captioner import IGNORE, method_of
 
-# %% ../../nbs/klaft/02_topics.ipynb #802248a6
+# %% ../../nbs/klaft/02_topics.ipynb #937f312c
 class TopicControl(nn.Module):
     "K topics and the residual before an output layer"
     def __init__(self,
@@ -33,29 +33,33 @@ class TopicControl(nn.Module):
         residual:float=.9, # prior of the residual at the start
         softcap:float=None, # s of a model that squeezes its logits by s tanh(x/s); see `softcap_of`
         seed:int=0, # of the topics' starting values
+        prior:str="softmax", # equation 4, or "stick": by stick-breaking, for a K that is large enough
     ):
         super().__init__()
-        self._check(num_topics, omega, transform, mixture, learn_omega, residual)
+        self._check(num_topics, omega, transform, mixture, learn_omega, residual, prior)
         self.num_topics, self.transform, self.mixture, self.softcap, self.alpha, self._cache = num_topics, transform, mixture, softcap, 1., None
         noise = .02*torch.randn(num_topics, d, generator=torch.Generator().manual_seed(seed))
         self.g = nn.Parameter(noise + (transform == "multiplication"))                 # (K, d)
         if transform == "affine": self.W_z = nn.Parameter((1 - omega)*torch.eye(d).repeat(num_topics, 1, 1))
-        self.W_TZ, self.norm = nn.Parameter(torch.zeros(d, num_topics + 1)), nn.LayerNorm(d)
-        self.beta = nn.Parameter(torch.zeros(num_topics + 1))
-        if num_topics: self.beta.data[0] = math.log(residual*num_topics/(1 - residual))
+        stick = prior == "stick" and num_topics > 0
+        self.W_TZ, self.norm = nn.Parameter(torch.zeros(d, num_topics + (not stick))), nn.LayerNorm(d)
+        self.beta = nn.Parameter(torch.zeros(num_topics + (not stick)))
+        if num_topics: self.beta.data[0] = math.log(residual/(1 - residual)*(1 if stick else num_topics))
+        if stick: self.log_gamma = nn.Parameter(torch.zeros(()))
         if learn_omega: self.omega_logit = nn.Parameter(torch.tensor(math.log(omega/(1 - omega))))
         else: self.fixed_omega = float(omega)
 
-    def _check(self, K, omega, transform, mixture, learn_omega, residual):
+    def _check(self, K, omega, transform, mixture, learn_omega, residual, prior):
         def bad(what, **kw): raise ConfigError(what, where="TopicControl", **kw)
         if K < 0 or K != int(K): bad(f"num_topics={K}", expected="0, 1, 2, ...")
         if not 0 <= omega <= 1: bad(f"omega={omega}", expected="a weight from 0 to 1")
         if learn_omega and omega in (0, 1): bad(f"omega={omega} cannot be learned from there", do="start between 0 and 1")
         if transform not in TRANSFORMS: bad(f"There is no form {transform!r} of a topic", expected=" | ".join(TRANSFORMS))
         if mixture not in ("prob", "hidden"): bad(f"mixture={mixture!r}", expected="prob | hidden")
+        if prior not in ("softmax", "stick"): bad(f"prior={prior!r}", expected="softmax | stick")
         if not 0 < residual < 1: bad(f"residual={residual}", expected="a probability between 0 and 1")
 
-# %% ../../nbs/klaft/02_topics.ipynb #ebed9015
+# %% ../../nbs/klaft/02_topics.ipynb #1fc03b2b
 @property
 def _omega(self):
     "Lift weight: a number, or a 0-d tensor if it is learned"
@@ -75,10 +79,19 @@ def log_prior(self,
     "log P(z | the words before), KLAFT equation 4"
     with torch.autocast(h.device.type, enabled=False):
         x = layer_norm(wide(h), self.norm.normalized_shape, wide(self.norm.weight), wide(self.norm.bias), self.norm.eps)
-        log_pi = (x @ wide(self.W_TZ).to(x.dtype) + wide(self.beta)).log_softmax(-1)
+        a = x @ wide(self.W_TZ).to(x.dtype) + wide(self.beta)
+        if hasattr(self, "log_gamma"): log_pi = stick_log_prior(torch.cat([a[..., :1], a[..., 1:] - self.log_gamma], -1))
+        else: log_pi = a.log_softmax(-1)
         if self.alpha == 1 or not self.num_topics: return log_pi
         a = torch.tensor(float(self.alpha))
         return torch.cat([(1 - a + a*log_pi[..., :1].exp()).log(), a.log() + log_pi[..., 1:]], -1)
+
+# %% ../../nbs/klaft/02_topics.ipynb #e69fc4ca
+@property
+def _concentration(self):
+    "gamma of the stick-breaking prior: the larger, the more topics; None for the softmax"
+    return self.log_gamma.exp() if hasattr(self, "log_gamma") else None
+TopicControl.concentration = _concentration
 
 # %% ../../nbs/klaft/02_topics.ipynb #cc3b07f6
 def _version(p):
