@@ -5,30 +5,38 @@
 # %% auto #0
 __all__ = ['BIAS', 'NGrams', 'Plausible']
 
-# %% ../../nbs/fsc_clip/16_plausible.ipynb #b32c016f
+# %% ../../nbs/fsc_clip/16_plausible.ipynb #1766f69b
 import math, random
 from collections import Counter
+from itertools import combinations
 from ..core.errors import ConfigError, DataError
 from ..text.words import words
 from .swap import Negative
 
-# %% ../../nbs/fsc_clip/16_plausible.ipynb #53247544
+# %% ../../nbs/fsc_clip/16_plausible.ipynb #455adce4
 class NGrams:
     "How likely a caption is, by the words before each word."
     def __init__(self,
         captions:list, # Texts to learn from
         order:int = 3, # Longest n-gram
+        weight:float = 2., # lambda: weight of the words that stand far apart
+        common:int = 40, # Most frequent words, which go with everything
     ):
         if order < 1: raise ConfigError(f"order={order}", where="NGrams", expected="1 or more")
         if not captions: raise DataError("there are no captions to learn from", where="NGrams")
-        self.order, self.seen, self.count, self.follow, self.kinds = order, Counter(), Counter(), Counter(), Counter()
+        self.order, self.weight, self.n, self.pairs = order, weight, len(captions), Counter()
+        self.seen, self.count, self.follow, self.kinds = Counter(), Counter(), Counter(), Counter()
         for c in captions:
             ws = self.words(c)
             self.seen[" ".join(ws)] += 1
             self.count.update(self._grams(ws))
+        self.captions_with = Counter(w for c in captions for w in set(words(c)))
+        self.common = {w for w, _ in self.captions_with.most_common(common)}
+        for c in captions if weight else (): self.pairs.update(combinations(self._content(c), 2))
         for g, c in self.count.items(): self.follow[g[:-1]] += c; self.kinds[g[:-1]] += 1
         self.size = self.kinds[()] + 1
     def words(self, caption): return ["<s>"]*(self.order - 1) + words(caption) + ["</s>"]
+    def _content(self, caption): return sorted(set(words(caption)) - self.common)
     def _grams(self, ws):
         k = self.order
         return [tuple(ws[i - n + 1:i + 1]) for i in range(k - 1, len(ws)) for n in range(1, k + 1)]
@@ -37,18 +45,18 @@ class NGrams:
     ) -> tuple: # Counts to take away; empty if it was not learned from
         "What a caption itself added to the counts."
         ws = self.words(caption)
-        if not self.seen[" ".join(ws)]: return {}, {}, {}
+        if not self.seen[" ".join(ws)]: return {}, {}, {}, ()
         own, follow, kinds = Counter(self._grams(ws)), Counter(), Counter()
         for g, c in own.items():
             follow[g[:-1]] += c
             if self.count[g] == c: kinds[g[:-1]] += 1
-        return own, follow, kinds
+        return own, follow, kinds, frozenset(words(caption))
     def log_p(self,
         caption:str, # Text to score
-        less:tuple = ({}, {}, {}), # From `without`
+        less:tuple = ({}, {}, {}, ()), # From `without`
     ) -> float: # Natural logarithm
-        "Log-likelihood of a caption, its end included."
-        ws, total, (own, follow, kinds) = self.words(caption), 0., less
+        "Log-likelihood of a caption by its n-grams, its end included."
+        ws, total, (own, follow, kinds, _) = self.words(caption), 0., less
         for i in range(self.order - 1, len(ws)):
             p = 1/self.size
             for n in range(1, self.order + 1):
@@ -59,9 +67,25 @@ class NGrams:
                 p = (c + d*p)/(f + d)
             total += math.log(p)
         return total
+    def together(self,
+        caption:str, # Text to score
+        less:tuple = ({}, {}, {}, ()), # From `without`
+    ) -> float: # 0: as often as by chance
+        "How well its words go together, wherever they stand."
+        ws, own, total = self._content(caption), less[3], 0.
+        for a, b in combinations(ws, 2):
+            x, y, n = self.captions_with[a] - (a in own), self.captions_with[b] - (b in own), self.pairs[a, b] - (a in own and b in own)
+            total += math.log((n + 1)/(x*y/max(1, self.n - bool(own)) + 1))
+        return total/max(1, len(ws) - 1)
+    def score(self,
+        caption:str, # Text to score
+        less:tuple = ({}, {}, {}, ()), # From `without`
+    ) -> float: # log p + lambda A
+        "Both."
+        return self.log_p(caption, less) + (self.weight*self.together(caption, less) if self.weight else 0.)
 
-# %% ../../nbs/fsc_clip/16_plausible.ipynb #b0890628
-BIAS = {"": 0.}  # nats per kind or family
+# %% ../../nbs/fsc_clip/16_plausible.ipynb #e355b953
+BIAS = {"": 2.}  # nats per kind or family
 
 class Plausible:
     "`filter=` of `HardNegatives`: draws among the candidates and the caption itself by their likelihood."
@@ -76,11 +100,11 @@ class Plausible:
     def gaps(self,
         caption:str, # The right caption
         candidates:list, # Texts
-    ) -> list: # log p(candidate) - log p(caption)
-        "How much more likely the candidates are than the caption."
+    ) -> list: # Differences of `score`
+        "How much more plausible the candidates are than the caption."
         less = self.model.without(caption)
-        base = self.model.log_p(caption, less)
-        return [self.model.log_p(c, less) - base for c in candidates]
+        base = self.model.score(caption, less)
+        return [self.model.score(c, less) - base for c in candidates]
     def __call__(self,
         caption:str, # The right caption
         candidates:list, # `Negative`s
