@@ -87,7 +87,7 @@ def forgetting_report(
     return Report(tasks=tasks, classes=classes, headline=head, means=means, worse=worse,
                   hidden=[r for r in classes if r["high"] < 0 and r["task"] not in fell], examples=_examples(before, after, classes, tasks, examples))
 
-# %% ../../nbs/fsc_clip/33_forgetting.ipynb #74eaf84e
+# %% ../../nbs/fsc_clip/33_forgetting.ipynb #56f487c4
 _HEAD = ("task", "class", "items", "before, %", "after, %", "change [95 %]", "lost", "gained", "p, Holm")
 def _line(r): return (r["task"], r.get("label", ""), r["n"], num(100*r["before"], 1), num(100*r["after"], 1), signed_interval([100*r[k] for k in ("change", "low", "high")], 1), r["lost"], r["gained"], num(r["holm"], 3))
 
@@ -100,7 +100,7 @@ def _example(e, pictures):
 def forgetting_page(
     report: Report,  # from `forgetting_report`
     pictures=None,  # key -> PIL image; None: keys are printed
-    title: str = "What was forgotten",
+    title: str = "What was forgotten",  # of the page
     byline: str|None = None,  # models, data, seed
 ) -> Page:  # `.write(path)` makes the file
     "A report as one HTML page."

@@ -98,9 +98,9 @@ def read_aro_vg(
         r.choice(n, path and Crop(path, (x, y, w, h)), right, [wrong], kind)
     return r.done()
 
-# %% ../../nbs/fsc_clip/34_text_sets.ipynb #21a3d32e
+# %% ../../nbs/fsc_clip/34_text_sets.ipynb #f7f7fb38
 def plain_words(
-    text: str,
+    text: str,  # a caption
     most: int = 30,  # words
 ) -> str:
     "Lower case, without punctuation, cut to length."
@@ -129,6 +129,7 @@ def order_shuffles(
     return [mixed(nouns, adjectives), mixed([i for i in range(len(words)) if i not in (*nouns, *adjectives)]), mixed(*triples),
             " ".join(words[i] for t in rng.sample(triples, len(triples)) for i in t)]
 
+# %% ../../nbs/fsc_clip/34_text_sets.ipynb #b34d7769
 def read_aro_order(
     file,  # coco_karpathy_test.json or flickr30k_test.json
     images,  # folder that the file's paths start from
