@@ -15,7 +15,7 @@ from ..data.records import Skipped
 from ..data.scene_world import lot
 from .items import Crop, Item, Items
 
-# %% ../../nbs/fsc_clip/34_text_sets.ipynb #391da19f
+# %% ../../nbs/fsc_clip/34_text_sets.ipynb #58bdfe0f
 class Reading:
     "Items in the making: finds images, counts what is missing, names faults."
     def __init__(self,
@@ -60,6 +60,7 @@ class Reading:
         if not self.items: raise DataError(f"nothing of {self.name} can be asked", where=self.path, expected=f"images in {self.images}", do=str(self.skipped) if self.skipped else "look into the file: it holds no entry")
         return Items(self.items, self.name, self.skipped)
 
+# %% ../../nbs/fsc_clip/34_text_sets.ipynb #2a065b43
 def files_of(
     place,  # a file, or a folder
     suffix: str = ".json",  # of the files in it
