@@ -53,10 +53,10 @@ def class_set(
     if numbers and not 0 <= min(numbers) <= max(numbers) < len(classes): raise DataError(f"a class number is {min(numbers)} or {max(numbers)}", where=name, expected=f"0 to {len(classes) - 1}")
     return ClassSet(name, _Pictures(data), [classes[y] for y in numbers], {c: of(c) for c in classes})
 
-# %% ../../nbs/fsc_clip/36_real_sets.ipynb #f00bcaeb
+# %% ../../nbs/fsc_clip/36_real_sets.ipynb #edef8701
 def score_classes(
     model,  # a `DualEncoder`
-    data: ClassSet,
+    data: ClassSet,  # images, labels and sentences
 ) -> dict:  # row of `mark`, with class_mean
     "Zero-shot classification of one set."
     if not len(data): raise MetricError("the set has no image", where=data.name)
@@ -65,7 +65,7 @@ def score_classes(
     row = classify(seen, keys, data.labels, data.classes, data.name)
     return row | dict(class_mean=macro(row), group="zero-shot", score="class")
 
-# %% ../../nbs/fsc_clip/36_real_sets.ipynb #f648968d
+# %% ../../nbs/fsc_clip/36_real_sets.ipynb #c14906fb
 ELEVATER = {"caltech101": "vtab/caltech101", "cifar10": "cifar10", "cifar100": "cifar100", "country211": "country211", "dtd": "dtd", "eurosat": "vtab/eurosat", "fer2013": "fer2013", "fgvc-aircraft": "fgvc_aircraft",
             "flower102": "flowers", "food101": "food101", "gtsrb": "gtsrb", "hateful-memes": None, "imagenet-1k": "imagenet1k", "kitti-distance": "vtab/kitti_closest_vehicle_distance", "mnist": "mnist", "oxford-pets": "pets",
             "patchcamelyon": "pcam", "rendered-sst2": "renderedsst2", "resisc45": "vtab/resisc45", "stanfordcars": "cars", "voc2007": "voc2007"}
@@ -73,7 +73,7 @@ ELEVATER = {"caltech101": "vtab/caltech101", "cifar10": "cifar10", "cifar100": "
 def load_classes(
     name: str,  # in `ELEVATER`, or a name of clip-benchmark
     root,  # folder of the data set
-    split: str = "test",
+    split: str = "test",  # as the loader calls it
     download: bool = False,  # let the loader download
 ) -> ClassSet:
     "A set through clip-benchmark, with its class names and templates."

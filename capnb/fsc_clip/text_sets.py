@@ -15,7 +15,7 @@ from ..data.records import Skipped
 from ..data.scene_world import lot
 from .items import Crop, Item, Items
 
-# %% ../../nbs/fsc_clip/34_text_sets.ipynb #391da19f
+# %% ../../nbs/fsc_clip/34_text_sets.ipynb #58bdfe0f
 class Reading:
     "Items in the making: finds images, counts what is missing, names faults."
     def __init__(self,
@@ -60,6 +60,7 @@ class Reading:
         if not self.items: raise DataError(f"nothing of {self.name} can be asked", where=self.path, expected=f"images in {self.images}", do=str(self.skipped) if self.skipped else "look into the file: it holds no entry")
         return Items(self.items, self.name, self.skipped)
 
+# %% ../../nbs/fsc_clip/34_text_sets.ipynb #2a065b43
 def files_of(
     place,  # a file, or a folder
     suffix: str = ".json",  # of the files in it
@@ -98,9 +99,9 @@ def read_aro_vg(
         r.choice(n, path and Crop(path, (x, y, w, h)), right, [wrong], kind)
     return r.done()
 
-# %% ../../nbs/fsc_clip/34_text_sets.ipynb #21a3d32e
+# %% ../../nbs/fsc_clip/34_text_sets.ipynb #f7f7fb38
 def plain_words(
-    text: str,
+    text: str,  # a caption
     most: int = 30,  # words
 ) -> str:
     "Lower case, without punctuation, cut to length."
@@ -129,6 +130,7 @@ def order_shuffles(
     return [mixed(nouns, adjectives), mixed([i for i in range(len(words)) if i not in (*nouns, *adjectives)]), mixed(*triples),
             " ".join(words[i] for t in rng.sample(triples, len(triples)) for i in t)]
 
+# %% ../../nbs/fsc_clip/34_text_sets.ipynb #b34d7769
 def read_aro_order(
     file,  # coco_karpathy_test.json or flickr30k_test.json
     images,  # folder that the file's paths start from
