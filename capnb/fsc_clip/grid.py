@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'ROWS', 'SETTING', 'ALONG', 'LORA', 'Row', 'grid_cells', 'text_nearness', 'box_share', 'word_places',
-           'looking_share', 'marks_of', 'run_cell', 'grid_data', 'run_grid', 'condense', 'moved']
+           'looking_share', 'held_out', 'marks_of', 'run_cell', 'grid_data', 'run_grid', 'condense', 'moved']
 
-# %% ../../nbs/fsc_clip/40_grid.ipynb #f657ef14
+# %% ../../nbs/fsc_clip/40_grid.ipynb #ddaaece0
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,11 @@ import torch
 from ..core.errors import ConfigError
 from ..core.files import plain, read_json, write_json
 from ..data.scene_text import name
+from ..data.scene_oracle import read_caption
 from ..data.scenes import Scenes
 from ..metrics.significance import over_seeds
 from .baselines import objective_named
+from .items import Item, by_label, score_items
 from .local_loss import attention_weights
 from .negatives import HardNegatives, precompute, read_negatives
 from .recipe import Negated, finetune, recipe
@@ -100,14 +102,25 @@ def looking_share(
     share, area = np.array(rows).mean(0)
     return dict(share=share, area=area, ratio=share/area)
 
-# %% ../../nbs/fsc_clip/40_grid.ipynb #a52384b2
+# %% ../../nbs/fsc_clip/40_grid.ipynb #40f73fe1
+def held_out(
+    make=HardNegatives(per_caption=6, each=2, seed=1),  # the kinds of the training, other draws
+    n: int = 120,  # scenes, one caption each
+) -> tuple:  # items, {id: record}
+    "Captions of unseen scenes, each against one negative."
+    records = list(Scenes("source", n, split="fsc-held", n_captions=1))
+    found = make([r.captions[0] for r in records])
+    false = lambda r, x: x.kind == "shuffle" or bool(read_caption(x, r.truth["scene"]).hallucinated)
+    return [Item(f"{r.id}/{k}", (r.id,), (r.captions[0], str(x)), ((0, 0),), x.kind.split("-")[0]) for r, xs in zip(records, found) for k, x in enumerate(xs) if false(r, x)], {r.id: r for r in records}
+
+# %% ../../nbs/fsc_clip/40_grid.ipynb #d9312328
 SETTING = dict(scenes=2000, steps=30, batch_size=32, lr=2e-4, items=60)  # of every run
 ALONG = ("L_g", "FSC-CLIP", "FSC-CLIP LoRA")  # rows with marks at alpha .25, .5, .75, of the first seed
 LORA = 10  # LoRA's rate is so many times that of full fine-tuning, as in the paper
 
 def marks_of(
     dual,  # a dual encoder, tuned or not
-    pictures: dict,  # filled with prepared pictures
+    pictures: dict,  # filled with prepared pictures and held-out items
     setting: dict = SETTING,  # items
 ) -> dict:  # means, tasks, near, looks
     "All that a run keeps of a model."
@@ -116,7 +129,11 @@ def marks_of(
         return pictures[k]
     m = clip_suite(dual, n=setting["items"], load=load)
     pairs = [i.texts[:2] for t in ("binding", "order", "relation") for i in suite_items(t, setting["items"])]
-    return plain(dict(means=suite_means(m), tasks={k: r["accuracy"] for k, r in m.items()}, near=text_nearness(dual, pairs), looks=looking_share(dual, setting["items"])))
+    if "held" not in pictures: pictures["held"] = held_out(n=2*setting["items"])
+    items, records = pictures["held"]
+    own = by_label(score_items(dual, items, "own", lambda k: pictures.setdefault(k, dual.preprocess([records[k]])[0]))["i2t"])
+    tasks = {k: r["accuracy"] for k, r in m.items()} | {f"own {k}": r["accuracy"] for k, r in own.items()}
+    return plain(dict(means=suite_means(m) | {"own negatives": float(np.mean([r["accuracy"] for r in own.values()]))}, tasks=tasks, near=text_nearness(dual, pairs), looks=looking_share(dual, setting["items"])))
 
 def run_cell(
     dual,  # the base, untouched
