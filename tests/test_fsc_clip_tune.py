@@ -34,6 +34,17 @@ def siglip_hf():
     return HFDual(model, type("P", (), dict(tokenizer=t, image_processor=SiglipImageProcessor(size=dict(height=32, width=32))))())
 
 
+def blip():
+    from transformers import BlipConfig, BlipForImageTextRetrieval, BlipImageProcessor
+    from capnb.models.dual_more import BlipDual
+    torch.manual_seed(0)
+    t = clip_tokenizer(WORDS)
+    small = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=1)
+    text = dict(small, bos_token_id=t.bos_token_id, eos_token_id=t.eos_token_id, pad_token_id=t.pad_token_id, encoder_hidden_size=32, vocab_size=len(t), max_position_embeddings=16, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+    model = BlipForImageTextRetrieval(BlipConfig(text_config=text, vision_config=dict(small, image_size=32, patch_size=16), image_text_hidden_size=16)).eval()
+    return BlipDual(model, type("P", (), dict(tokenizer=t, image_processor=BlipImageProcessor(size=dict(height=32, width=32))))())
+
+
 def open_clip(custom=False):
     torch.manual_seed(0)
     config = dict(embed_dim=16, quick_gelu=True, vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=16),
@@ -42,7 +53,7 @@ def open_clip(custom=False):
     return OpenClipDual(build_open_clip(config), config=config)
 
 
-FAMILIES = dict(clip=clip_hf, siglip=siglip_hf, open_clip=open_clip, custom=lambda: open_clip(True), two_towers=toy_pipclip)
+FAMILIES = dict(clip=clip_hf, siglip=siglip_hf, blip=blip, open_clip=open_clip, custom=lambda: open_clip(True), two_towers=toy_pipclip)
 
 
 def examples(dual, n=9):

@@ -21,7 +21,7 @@ from ..models.dual import DualEncoder, DualOutput
 from .global_loss import _units, calibrated_loss, clip_loss, owner_index
 from .objective import FSCClip, collate_negatives, trim_texts
 
-# %% ../../nbs/fsc_clip/22_baselines.ipynb #691772ef
+# %% ../../nbs/fsc_clip/22_baselines.ipynb #f72aceba
 class Baseline:
     "An objective on whole images and captions."
     lambda_l = 0  # no patches needed
@@ -45,7 +45,7 @@ class Baseline:
         B, owner = len(image.vector), owner_index(owner, len(owner), len(image.vector), image.vector.device)
         with torch.autocast(image.vector.device.type, enabled=False):
             v, x, s = _units((image.vector, text.vector), scale)
-            terms = self.terms(v, *x.split([B, len(owner), len(x) - B - len(owner)]), owner, others, s)
+            terms = self._terms(v, *x.split([B, len(owner), len(x) - B - len(owner)]), owner, others, s)
             loss = sum(getattr(self, f"lambda_{k}", 1)*t for k, t in terms.items())
         return loss, {k: t.detach() for k, t in terms.items()} | dict(negatives=len(owner)/max(1, B), scale=scale.detach())
 
@@ -56,13 +56,13 @@ def both_ways(
     y = torch.arange(len(z), device=z.device)
     return (F.cross_entropy(z, y) + F.cross_entropy(z[:, :len(z)].T, y))/2
 
-# %% ../../nbs/fsc_clip/22_baselines.ipynb #9967c904
+# %% ../../nbs/fsc_clip/22_baselines.ipynb #09b5ccce
 @dataclass
 class NegCLIP(Baseline):
     "Hard negatives as further captions of CLIP's loss."
-    def terms(self, v, t, n, u, owner, others, s): return dict(clip=both_ways(s*(v @ torch.cat([t, n]).T)))
+    def _terms(self, v, t, n, u, owner, others, s): return dict(clip=both_ways(s*(v @ torch.cat([t, n]).T)))
 
-# %% ../../nbs/fsc_clip/22_baselines.ipynb #1b4bcd84
+# %% ../../nbs/fsc_clip/22_baselines.ipynb #1b6afe54
 @dataclass
 class CECLIP(Baseline):
     "Intra-modal contrast and cross-modal ranking besides NegCLIP's loss."
@@ -70,14 +70,14 @@ class CECLIP(Baseline):
     lambda_cmr: float = .4  # weight of the ranking
     most: float = 10.  # u, the largest threshold, in units of scale times cosine
 
-    def terms(self, v, t, n, u, owner, others, s):
+    def _terms(self, v, t, n, u, owner, others, s):
         z, own = s*(v*t).sum(-1), s*(v[owner]*n).sum(-1)  # (B,), (M,)
         gap = z[owner] - own
         theta = gap.detach().mean().clamp(0, self.most) if len(n) else 0.
         return dict(clip=both_ways(s*(v @ torch.cat([t, n]).T)), imc=calibrated_loss(z, s*(t[owner]*n).sum(-1), owner, 0, 0),
                     cmr=(theta - gap).clamp_min(0).sum()/max(1, len(n)))
 
-# %% ../../nbs/fsc_clip/22_baselines.ipynb #e2176931
+# %% ../../nbs/fsc_clip/22_baselines.ipynb #2fa734d7
 @dataclass
 class TSVLC(Baseline):
     "An own-negatives term, and other true captions as positives."
@@ -85,7 +85,7 @@ class TSVLC(Baseline):
     lambda_pos: float = 1.  # weight of what other true captions add
     bag: bool = False  # other captions as DAC's bag
 
-    def terms(self, v, t, n, u, owner, others, s):
+    def _terms(self, v, t, n, u, owner, others, s):
         out = dict(clip=both_ways(s*(v @ torch.cat([t, n]).T)), neg=calibrated_loss(s*(v*t).sum(-1), s*(v[owner]*n).sum(-1), owner, 0, 0))
         if others is None or not len(others): return out
         if not self.bag:  # one each, images without any left out
@@ -108,11 +108,11 @@ def collate_group(
     texts = [e["caption"] for e in examples] + [n for e in examples for n in e.get("negatives") or []] + [o for _, o in owned]
     return batch | model.tokenize(texts) | dict(others=torch.tensor([i for i, _ in owned], dtype=torch.long, device=model.device))
 
-# %% ../../nbs/fsc_clip/22_baselines.ipynb #873e2c03
+# %% ../../nbs/fsc_clip/22_baselines.ipynb #35cd3a56
 @dataclass
 class GNMCLIP(Baseline):
     "CLIP's loss on batches that hold groups of similar pairs."
-    def terms(self, v, t, n, u, owner, others, s): return dict(clip=both_ways(s*(v @ t.T)))
+    def _terms(self, v, t, n, u, owner, others, s): return dict(clip=both_ways(s*(v @ t.T)))
 
 def scene_variant(
     scene: Scene,  # what is changed

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'ROWS', 'SETTING', 'ALONG', 'LORA', 'Row', 'grid_cells', 'text_nearness', 'box_share', 'word_places',
-           'looking_share', 'marks_of', 'run_cell', 'grid_data', 'run_grid', 'condense', 'moved']
+           'looking_share', 'held_out', 'marks_of', 'run_cell', 'grid_data', 'run_grid', 'condense', 'moved']
 
-# %% ../../nbs/fsc_clip/40_grid.ipynb #f657ef14
+# %% ../../nbs/fsc_clip/40_grid.ipynb #ddaaece0
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +15,17 @@ import torch
 from ..core.errors import ConfigError
 from ..core.files import plain, read_json, write_json
 from ..data.scene_text import name
+from ..data.scene_oracle import read_caption
 from ..data.scenes import Scenes
 from ..metrics.significance import over_seeds
 from .baselines import objective_named
+from .items import Item, by_label, score_items
 from .local_loss import attention_weights
 from .negatives import HardNegatives, precompute, read_negatives
 from .recipe import Negated, finetune, recipe
 from .suite import clip_suite, suite_items, suite_means, suite_picture, suite_scene
 
-# %% ../../nbs/fsc_clip/40_grid.ipynb #4fa5cf0d
+# %% ../../nbs/fsc_clip/40_grid.ipynb #d3807ba0
 @dataclass(frozen=True)
 class Row:
     "One row of the comparison."
@@ -31,21 +33,21 @@ class Row:
     objective: str  # in `OBJECTIVES`
     settings: dict = field(default_factory=dict, hash=False)  # of the objective
     method: str = "full"  # full, lora or text_only
-    tier: str = "vary"  # core, table or vary
+    tier: str = "vary"  # core, terms, table or vary
 
 PLAIN = dict(gamma=0., beta=0.)
 ROWS = [Row(n, o, s, m, t) for t, rows in dict(
-    core=[("L_g", "l_g", {}, "full"), ("FSC-CLIP", "fsc-clip", {}, "full"), ("L_g + SCR", "fsc-clip", dict(lambda_l=0.), "full"), ("L_g + L_l", "fsc-clip", PLAIN, "full"),
-          ("NegCLIP", "negclip", {}, "full"), ("CLIP loss only", "fine-tune", {}, "full"), ("L_l", "fsc-clip", PLAIN | dict(lambda_g=0.), "full")],
-    table=[("FSC-CLIP LoRA", "fsc-clip", {}, "lora"), ("FSC-CLIP text only", "fsc-clip", {}, "text_only"), ("CE-CLIP", "ce-clip", {}, "full"), ("TSVLC", "tsvlc", {}, "full"), ("DAC", "dac", {}, "full"),
-           ("GNM-CLIP", "gnm-clip", {}, "full"), ("L_l + SCR", "fsc-clip", dict(lambda_g=0.), "full"), ("focal only", "fsc-clip", dict(beta=0.), "full"), ("smoothing only", "fsc-clip", dict(gamma=0.), "full")],
+    core=[("L_g", "l_g", {}, "full"), ("CLIP loss only", "fine-tune", {}, "full"), ("FSC-CLIP", "fsc-clip", {}, "full"), ("L_g + SCR", "fsc-clip", dict(lambda_l=0.), "full")],
+    terms=[("NegCLIP", "negclip", {}, "full"), ("L_g + L_l", "fsc-clip", PLAIN, "full"), ("L_l", "fsc-clip", PLAIN | dict(lambda_g=0.), "full"), ("FSC-CLIP LoRA", "fsc-clip", {}, "lora")],
+    table=[("CE-CLIP", "ce-clip", {}, "full"), ("TSVLC", "tsvlc", {}, "full"), ("DAC", "dac", {}, "full"), ("GNM-CLIP", "gnm-clip", {}, "full"), ("FSC-CLIP text only", "fsc-clip", {}, "text_only"),
+           ("L_l + SCR", "fsc-clip", dict(lambda_g=0.), "full"), ("focal only", "fsc-clip", dict(beta=0.), "full"), ("smoothing only", "fsc-clip", dict(gamma=0.), "full")],
     vary=[(f"{n} {v}", "fsc-clip", {k: v}, "full") for n, k, vs in (("gamma", "gamma", (1., 5.)), ("beta", "beta", (.05, .1)), ("lambda_l", "lambda_l", (.1, .5)), ("attention", "attention", ("sparse", "softmax"))) for v in vs]).items() for n, o, s, m in rows]
 
 def grid_cells(
     seeds: tuple = (0, 1, 2),  # of the runs
 ) -> list:  # (row, seed), the central ones first
     "What is to be run."
-    return [(r, s) for t in ("core", "table", "vary") for s in seeds for r in ROWS if r.tier == t]
+    return [(r, s) for t in ("core", "terms", "table", "vary") for s in seeds for r in ROWS if r.tier == t]
 
 # %% ../../nbs/fsc_clip/40_grid.ipynb #5f02a4dd
 @torch.no_grad()
@@ -100,14 +102,25 @@ def looking_share(
     share, area = np.array(rows).mean(0)
     return dict(share=share, area=area, ratio=share/area)
 
-# %% ../../nbs/fsc_clip/40_grid.ipynb #7b1e9c6b
-SETTING = dict(scenes=2000, steps=30, batch_size=64, lr=5e-4, items=100)  # of every run
-ALONG = ("L_g", "FSC-CLIP", "FSC-CLIP LoRA", "NegCLIP", "CLIP loss only")  # rows with marks at alpha .25, .5, .75
+# %% ../../nbs/fsc_clip/40_grid.ipynb #40f73fe1
+def held_out(
+    make=HardNegatives(per_caption=6, each=2, seed=1),  # the kinds of the training, other draws
+    n: int = 120,  # scenes, one caption each
+) -> tuple:  # items, {id: record}
+    "Captions of unseen scenes, each against one negative."
+    records = list(Scenes("source", n, split="fsc-held", n_captions=1))
+    found = make([r.captions[0] for r in records])
+    false = lambda r, x: x.kind == "shuffle" or bool(read_caption(x, r.truth["scene"]).hallucinated)
+    return [Item(f"{r.id}/{k}", (r.id,), (r.captions[0], str(x)), ((0, 0),), x.kind.split("-")[0]) for r, xs in zip(records, found) for k, x in enumerate(xs) if false(r, x)], {r.id: r for r in records}
+
+# %% ../../nbs/fsc_clip/40_grid.ipynb #d9312328
+SETTING = dict(scenes=2000, steps=30, batch_size=32, lr=2e-4, items=60)  # of every run
+ALONG = ("L_g", "FSC-CLIP", "FSC-CLIP LoRA")  # rows with marks at alpha .25, .5, .75, of the first seed
 LORA = 10  # LoRA's rate is so many times that of full fine-tuning, as in the paper
 
 def marks_of(
     dual,  # a dual encoder, tuned or not
-    pictures: dict,  # filled with prepared pictures
+    pictures: dict,  # filled with prepared pictures and held-out items
     setting: dict = SETTING,  # items
 ) -> dict:  # means, tasks, near, looks
     "All that a run keeps of a model."
@@ -116,7 +129,11 @@ def marks_of(
         return pictures[k]
     m = clip_suite(dual, n=setting["items"], load=load)
     pairs = [i.texts[:2] for t in ("binding", "order", "relation") for i in suite_items(t, setting["items"])]
-    return plain(dict(means=suite_means(m), tasks={k: r["accuracy"] for k, r in m.items()}, near=text_nearness(dual, pairs), looks=looking_share(dual, setting["items"])))
+    if "held" not in pictures: pictures["held"] = held_out(n=2*setting["items"])
+    items, records = pictures["held"]
+    own = by_label(score_items(dual, items, "own", lambda k: pictures.setdefault(k, dual.preprocess([records[k]])[0]))["i2t"])
+    tasks = {k: r["accuracy"] for k, r in m.items()} | {f"own {k}": r["accuracy"] for k, r in own.items()}
+    return plain(dict(means=suite_means(m) | {"own negatives": float(np.mean([r["accuracy"] for r in own.values()]))}, tasks=tasks, near=text_nearness(dual, pairs), looks=looking_share(dual, setting["items"])))
 
 def run_cell(
     dual,  # the base, untouched
@@ -133,7 +150,7 @@ def run_cell(
     tuned, done = finetune(dual, data, objective_named(row.objective, **row.settings), row.method, c)
     try:
         marks = marks_of(tuned, pictures, setting)
-        along = {f"{a:g}": marks_of(tuned.scale(a), pictures, setting)["means"] for a in (.25, .5, .75) if row.name in ALONG}
+        along = {f"{a:g}": marks_of(tuned.scale(a), pictures, setting)["means"] for a in (.25, .5, .75) if row.name in ALONG and not seed}
     finally: tuned.detach()
     return plain(dict(row=vars(row), seed=seed, setting=setting, **marks, along=along, last={k: v for k, v in done.history[-1].items() if k not in ("step", "lr")}, seconds=done.seconds))
 

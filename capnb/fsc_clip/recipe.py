@@ -22,9 +22,9 @@ from .baselines import GNMCLIP, TSVLC, collate_group, scene_variant
 from .cached import Cached
 from .objective import FSCClip, collate_negatives
 
-# %% ../../nbs/fsc_clip/23_recipe.ipynb #4cd331d5
+# %% ../../nbs/fsc_clip/23_recipe.ipynb #38f66c70
 RATES = {"full": 5e-6, "lora": 5e-5, "text_only": 5e-6}  # the paper's; text only: ours
-SMALL = {"clip-tiny": {"full": 2e-4, "lora": 4e-3, "text_only": 2e-4}, "pipclip": {"full": 5e-4, "lora": 2e-2, "text_only": 5e-4}}  # ours
+SMALL = {"clip-tiny": {"full": 3e-4, "lora": 3e-3, "text_only": 3e-4}, "pipclip": {"full": 5e-4, "lora": 2e-2, "text_only": 5e-4}}  # ours
 
 def recipe(
     method: str = "full",  # full, lora or text_only
