@@ -206,7 +206,7 @@ class Tracer:
         lo,hi = min(float(lohi[0]), p),max(float(lohi[1]), p)
         return Phrase(m.text, m.span, m.atom, _origin(p, before, m.atom, self.before, self.eps), p, (lo, hi), [ids[t] for t in at[by].tolist()], [ids[t] for t in rivals[:self.k]], float(s.sum()), before)
 
-# %% ../../nbs/hmln/30_attribute.ipynb #baed5a87
+# %% ../../nbs/hmln/30_attribute.ipynb #dbd9cc66
 _Tracer = Tracer
 _here = None
 def _begin(tracer):
@@ -238,7 +238,7 @@ def attribute(
     keep:bool=True, # keep the ground networks
 )->CaptionAttribution:
     "Trace captions to the training captions that explain them."
-    asked = {i: c[0] if c else "" for i,c in caption_table(captions, "captions").items()}
+    asked = {i: _one_caption(i, c) for i,c in caption_table(captions, "captions").items()}
     table = caption_table(train); old = None if pretrain is None else caption_table(pretrain, "pre-training captions")
     if not table: raise DataError("There are no training captions", expected="at least one")
     for name,x,n in (("images", images, len(asked)), ("train_images", train_images, len(table))):
@@ -261,6 +261,10 @@ def trace_all(tracer, jobs, workers=1):
         return list(pool.map(_one, jobs, chunksize=max(1, min(16, len(jobs)//(4*workers)))))
 
 _run = trace_all
+
+def _one_caption(id, captions):
+    if len(captions) > 1: raise DataError(f"There are {len(captions)} captions to trace under one id", where=f"id {id!r}", expected="one each")
+    return captions[0] if captions else ""
 
 def _packed(asked, table, rows, k, method):
     k = min(k, len(table))
