@@ -10,7 +10,7 @@ import numpy as np
 from ..core.attribution import Attribution, keep_top
 from ..core.errors import ConfigError, DataError
 
-# %% ../../nbs/hmln/32_rivals.ipynb #91a19be4
+# %% ../../nbs/hmln/32_rivals.ipynb #d2f0bd35
 def triples_of(
     captions:list, # texts
 )->list: # of lists of tuples
@@ -30,12 +30,15 @@ def membership(
     at = {}
     for j, r in enumerate(said):
         for s in r: at.setdefault(s, []).append(j)
-    known, m, explained = list(at), np.zeros((len(queries), len(train))), {}
+    known, m, explained, parts = list(at), np.zeros((len(queries), len(train))), {}, []
     for i, (id, r) in enumerate(zip(queries, asked)):
-        hits = [{j for v in ([s] if same is None else same(s, known)) for j in at.get(v, ())} for s in r]
-        for h in hits: m[i, sorted(h)] += 1/len(r)
-        explained[id] = sum(map(bool, hits))/max(len(r), 1)
-    return keep_top(list(queries), list(train), m, len(train), method), explained
+        hits = {" ".join(s): {j for v in ([s] if same is None else same(s, known)) for j in at.get(v, ())} for s in r}
+        for h in hits.values(): m[i, sorted(h)] += 1/len(r)
+        explained[id] = sum(map(bool, hits.values()))/max(len(r), 1)
+        parts.append({j: {s: 1/len(r) for s, h in hits.items() if j in h} for j in np.flatnonzero(m[i])})
+    a = keep_top(list(queries), list(train), m, len(train), method)
+    a.parts = [[p.get(j, {}) for j in row] for p, row in zip(parts, a.index.tolist())]
+    return a, explained
 
 # %% ../../nbs/hmln/32_rivals.ipynb #7053bb84
 def neighbours(
@@ -52,7 +55,7 @@ def neighbours(
     norm = lambda x: x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     return keep_top(test_ids, train_ids, norm(u) @ norm(v).T, k or len(v), method)
 
-# %% ../../nbs/hmln/32_rivals.ipynb #124edd67
+# %% ../../nbs/hmln/32_rivals.ipynb #ce2c9f88
 def by_captions(
     encode, # list of texts -> (n, d)
     method:str="sentence vectors", # name
@@ -72,6 +75,6 @@ def by_chance(
 ):
     "An attributor that draws lots."
     def attributor(q, F, P=None):
-        m = np.random.default_rng([seed, len(F.captions)]).random((len(q.captions), len(F.captions)))
+        m = np.random.default_rng([seed, *str(next(iter(F.captions))).encode()]).random((len(q.captions), len(F.captions)))
         return keep_top(list(q.captions), list(F.captions), m, len(F.captions), "random")
     return attributor
