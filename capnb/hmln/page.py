@@ -164,7 +164,7 @@ def summary_html(
         fig,ax = new_figure(); ax.hist(scores, 30); ax.set(xlabel='MAP score', ylabel='captions')
     return legend, figure(figure_svg(fig, f'Histogram of {len(scores)} MAP scores'), 'MAP score: how much the statements of a caption cost against the best state of its network. 0: the training captions explain it best as it stands.')
 
-# %% ../../nbs/hmln/40_page.ipynb #08d1bb65
+# %% ../../nbs/hmln/40_page.ipynb #d9e8c610
 _LINE = ''.join(f'.o{i}{{--o:var(--c{c});text-decoration-style:{line}}}' for i,(_,_,c,line) in enumerate(ORIGINS.values()))
 EXPLAIN_STYLE = _LINE + '''
 .phrase{color:inherit;text-decoration-line:underline;text-decoration-color:var(--o);text-decoration-thickness:.16em;text-underline-offset:.22em;background:color-mix(in srgb,var(--o) 14%,transparent);border-radius:3px;padding:.1em .12em;scroll-margin-top:4rem}
@@ -191,9 +191,11 @@ def chosen_rows(
     rows:list, # see above
     most:int # how many
 )->list: # positions
-    "Captions that are shown: evenly spread over the MAP scores, in their own order"
-    order = sorted(range(len(rows)), key=lambda i: (rows[i]['map_score'] is None, rows[i]['map_score'] or 0., i))
-    return sorted({order[round(j)] for j in np.linspace(0, len(rows) - 1, min(most, len(rows)))})
+    "Captions that are shown: of those that say something, evenly spread over the MAP scores, in their own order"
+    if len(rows) <= most: return list(range(len(rows)))
+    some = [i for i,r in enumerate(rows) if r['phrases']] or list(range(len(rows)))
+    order = sorted(some, key=lambda i: (rows[i]['map_score'] is None, rows[i]['map_score'] or 0., i))
+    return sorted({order[round(j)] for j in np.linspace(0, len(some) - 1, min(most, len(some)))})
 
 # %% ../../nbs/hmln/40_page.ipynb #ba12039c
 def _listed(rows, shown, names):
