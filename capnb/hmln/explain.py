@@ -82,7 +82,7 @@ def trace_row(
     return dict(id=trace.id, caption=trace.caption, map_score=fine(trace.map_score), log_p=fine(trace.log_p), exact=bool(trace.exact), width=trace.width, n_atoms=trace.n_atoms,
         phrases=[phrase(p) for p in trace.phrases], explaining=hits([i for i,_ in trace.explaining], trace.caption), contrasting=hits([i for i,_ in trace.contrasting], trace.caption), network=None)
 
-# %% ../../nbs/hmln/41_explain.ipynb #5a5e24de
+# %% ../../nbs/hmln/41_explain.ipynb #1943a609
 _USUAL = {n:p.default for n,p in inspect.signature(attribute).parameters.items() if n in 'C eps templates weights k seed evidence r method draws width'.split()}
 
 class Explainer:
@@ -108,7 +108,7 @@ class Explainer:
         self.index = index(self.table, near); self.old = old and index(old, self.index.vocabulary.near)
         self.visual,self.images = visual and (lambda image, names: visual(image[1], names)),images
     def parse(self, texts, label):
-        "Mentions of each text, in blocks under a bar with this `label`"
+        "Mentions of each of `texts`, in blocks under a bar with this `label`"
         texts,out = list(dict.fromkeys(texts)),{}
         with progress(total=len(texts), label=label, quiet=self.quiet) as bar:
             for a in range(0, len(texts), 2048):
