@@ -70,7 +70,7 @@ def _sense(p):
     low,high = p['interval'] or (None, None)
     return ORIGINS[p['origin']][1] + value + ('' if low is None else f' [{num(low, 2)}, {num(high, 2)}]')
 
-# %% ../../nbs/hmln/40_page.ipynb #87eccb9a
+# %% ../../nbs/hmln/40_page.ipynb #f2818fd1
 def examples(
     hits:list, # [[train_id, I(t;q) or None, caption]]
     picture=lambda id: None, # train_id -> `data:` address or None
@@ -80,7 +80,7 @@ def examples(
     def one(i, value, text):
         uri = picture(i)
         return tag('div', image(uri, text or f'training image {i}') if uri else '', tag('p', text or '', dir='auto'), tag('p', f'{i}' if value is None else f'I = {signed(value)} · {i}', cls='cardtitle'), cls='card')
-    return grid([one(*h) for h in hits], width=118) if hits else tag('p', none, cls='cardtitle')
+    return grid([one(*h) for h in hits], width=118) if hits else tag('p', none, cls='nums')
 
 def phrase_html(
     p:dict, # a phrase of a row
@@ -121,7 +121,7 @@ def network_html(
     drawing = tag('svg', *out, viewBox=f'0 0 560 {high}', role='img', aria_label=f"{n} of the {part['of']} atoms of the ground network", cls='net')
     return figure(drawing, f"{n} of {part['of']:,} atoms: left those of the caption, right those tied to them most, each with its probability. Whole lines support, dashed lines rule out; thick is strong.")
 
-# %% ../../nbs/hmln/40_page.ipynb #ebc5234b
+# %% ../../nbs/hmln/40_page.ipynb #ca6f669b
 def trace_html(
     row:dict, # see above
     name:str='c', # prefix of its ids
@@ -132,7 +132,7 @@ def trace_html(
     line = f"MAP score {num(row['map_score'])}, log P {num(row['log_p'])}, {exact_words(row)}, {row['n_atoms']:,} atoms"
     values = [[p['text'], ' '.join(map(str, p['atom'] or ())), ORIGINS[p['origin']][1], (p['p'], *p['interval']) if p['interval'] else p['p']] for p in row['phrases']]
     whole = [tag('h4', 'Explaining'), examples(row['explaining'], train_picture), tag('h4', 'Contrasting'), examples(row['contrasting'], train_picture)]
-    parts = [tag('h3', f"Image {row['id']}", id=name), tag('div', image(picture, row['caption'] or 'the image') if picture else '', tag('div', caption_html(row, name), tag('p', line, cls='cardtitle')), cls='shown'),
+    parts = [tag('h3', f"Image {row['id']}", id=name), tag('div', image(picture, row['caption'] or 'the image') if picture else '', tag('div', caption_html(row, name), tag('p', line, cls='nums')), cls='shown'),
         *(phrase_html(p, f'{name}-{k}', train_picture) for k,p in enumerate(row['phrases']))]
     if not row['phrases']: parts.append(tag('p', 'The parser found no statement in this caption: there is nothing to trace.'))
     parts.append(details('The whole caption: examples that explain it most, and contrasting ones', *whole))
