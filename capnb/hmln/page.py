@@ -164,17 +164,17 @@ def summary_html(
         fig,ax = new_figure(); ax.hist(scores, 30); ax.set(xlabel='MAP score', ylabel='captions')
     return legend, figure(figure_svg(fig, f'Histogram of {len(scores)} MAP scores'), 'MAP score: how much the statements of a caption cost against the best state of its network. 0: the training captions explain it best as it stands.')
 
-# %% ../../nbs/hmln/40_page.ipynb #d9e8c610
+# %% ../../nbs/hmln/40_page.ipynb #2f66dc97
 _LINE = ''.join(f'.o{i}{{--o:var(--c{c});text-decoration-style:{line}}}' for i,(_,_,c,line) in enumerate(ORIGINS.values()))
 EXPLAIN_STYLE = _LINE + '''
 .phrase{color:inherit;text-decoration-line:underline;text-decoration-color:var(--o);text-decoration-thickness:.16em;text-underline-offset:.22em;background:color-mix(in srgb,var(--o) 14%,transparent);border-radius:3px;padding:.1em .12em;scroll-margin-top:4rem}
 .phrase sup,.letter{color:var(--o);font:700 .78em/1 var(--sans);text-decoration:none;margin-left:.12em}.letter{display:inline-block;min-width:1.3em;font-size:1rem}
 .away{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
-.trace{margin:0 0 3rem;max-width:none}.trace h4{font:600 .86rem/1.4 var(--sans);margin:.6rem 0 .3rem}.trace .grid{gap:.9rem;margin:.4rem 0 1rem}.trace h3{margin-top:2.4rem}
+.trace{margin:0 0 3rem;max-width:none}:is(.why,.trace) h4{font:600 .86rem/1.4 var(--sans);margin:.6rem 0 .3rem}:is(.why,.trace) .grid{--col:118px;gap:.9rem;margin:.4rem 0 1rem}.trace h3{margin-top:2.4rem}
 .said{font-size:1.2rem;line-height:1.75;margin:0 0 .4rem}.shown{display:flex;gap:1.2rem;align-items:flex-start;margin-bottom:1rem}.shown>img{flex:0 0 auto;width:9rem}.shown>div{min-width:0}
 .why{padding:.15rem 0}.why summary{font-weight:400;padding:.4rem 0;min-height:2.75rem}.why q{font-weight:600}.why .sense{color:var(--soft);font-size:.88rem}.why>div{scroll-margin-top:4.5rem}.why>div:target{border-left:3px solid var(--link);padding-left:.8rem}
 .nums{font:.86rem/1.5 var(--sans);color:var(--soft)}svg.net{display:block;width:560px;font:12px var(--sans);fill:currentColor}.net path{fill:none;stroke:var(--c1)}.net path.no{stroke:var(--c2);stroke-dasharray:5 4}.net circle{fill:var(--ground);stroke:currentColor}.net circle.p{fill:currentColor}
-.trace .card{font-size:.86rem}.trace .card img{margin-bottom:.3rem}
+:is(.why,.trace) .card{font-size:.86rem}:is(.why,.trace) .card img{margin-bottom:.3rem}
 @media(max-width:34rem){.shown{flex-direction:column;gap:.6rem}}
 '''
 EXPLAIN_PROGRAM = '''
