@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'COUNTS', 'Ground', 'ground']
 
-# %% ../../nbs/hmln/20_ground.ipynb #bf14da8a
+# %% ../../nbs/hmln/20_ground.ipynb #f135c067
 import itertools, json, math
 import numpy as np
 from ..core.errors import ConfigError, DataError
+from ..core.files import plain
 from .atoms import Words, similarity
 from .fast import plan_for, with_weights
 from .network import GroundNetwork
@@ -138,11 +139,10 @@ def _rows(scope, templates, ids, count):
     cols = list(zip(*rows)) if rows else [[]]*4
     return Ground(scope.names, scope.query, groups, [tuple(sorted(set(a))) for a in cols[1]], [at[g] for g in cols[0]], cols[2], cols[3], ids, count)
 
-# %% ../../nbs/hmln/20_ground.ipynb #c631a68b
+# %% ../../nbs/hmln/20_ground.ipynb #c5bf8440
 def _to_json(self)->str:
     "The ground network as one line of JSON"
-    return json.dumps(dict(names=self.names, query=self.query, groups=self.groups, atoms=self.atoms, group=self.group.tolist(), value=self.value.tolist(),
-        source=self.source.tolist(), bags=self.bags, count=self.count))
+    return json.dumps(plain({k: getattr(self, k) for k in ("names", "query", "groups", "atoms", "group", "value", "source", "bags", "count")}))
 
 def _from_json(text): # Ground
     "What `to_json` wrote"
