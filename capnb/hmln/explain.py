@@ -6,7 +6,7 @@
 __all__ = ['texts_of', 'near_query', 'nearest_wording', 'trace_row', 'Explainer', 'finder', 'Thumbnails', 'ExplainPage',
            'explain']
 
-# %% ../../nbs/hmln/41_explain.ipynb #f7d19331
+# %% ../../nbs/hmln/41_explain.ipynb #af7f089c
 import contextlib, hashlib, inspect, json, math, os, signal
 from pathlib import Path
 import numpy as np
@@ -20,7 +20,7 @@ from .attribute import Tracer, attribute, trace_all
 from .atoms import similarity
 from .network import GroundNetwork
 from .page import EXPLAIN_STYLE, chosen_rows, explain_page, shares
-from .retrieval import Index, caption_table, parsed
+from .retrieval import Index, Wording, caption_table, parsed
 from ..text.words import words
 
 # %% ../../nbs/hmln/41_explain.ipynb #6a91e8af
@@ -82,8 +82,8 @@ def trace_row(
     return dict(id=trace.id, caption=trace.caption, map_score=fine(trace.map_score), log_p=fine(trace.log_p), exact=bool(trace.exact), width=trace.width, n_atoms=trace.n_atoms,
         phrases=[phrase(p) for p in trace.phrases], explaining=hits([i for i,_ in trace.explaining], trace.caption), contrasting=hits([i for i,_ in trace.contrasting], trace.caption), network=None)
 
-# %% ../../nbs/hmln/41_explain.ipynb #5a5e24de
-_USUAL = {n:p.default for n,p in inspect.signature(attribute).parameters.items() if n in 'C eps templates weights k seed evidence r method draws width'.split()}
+# %% ../../nbs/hmln/41_explain.ipynb #a428ce3d
+_USUAL = {n:p.default for n,p in inspect.signature(attribute).parameters.items() if n in 'C eps templates weights k seed evidence r method rank draws width'.split()}
 
 class Explainer:
     "Training captions, parsed and indexed once, ready to trace captions in lots"
@@ -106,9 +106,10 @@ class Explainer:
         self.said = self.parse([c for t in (self.table, old or {}) for cs in t.values() for c in cs] + list((self.before or {}).values()), 'training captions read')
         index = lambda t, near: Index(t, [[[m.atom for m in self.said[c]] for c in cs] for cs in t.values()], near)
         self.index = index(self.table, near); self.old = old and index(old, self.index.vocabulary.near)
+        self.settings['wording'] = Wording(list(self.table.values()))
         self.visual,self.images = visual and (lambda image, names: visual(image[1], names)),images
     def parse(self, texts, label):
-        "Mentions of each text, in blocks under a bar with this `label`"
+        "Mentions of each of `texts`, in blocks under a bar with this `label`"
         texts,out = list(dict.fromkeys(texts)),{}
         with progress(total=len(texts), label=label, quiet=self.quiet) as bar:
             for a in range(0, len(texts), 2048):
@@ -195,11 +196,11 @@ _PLAIN = ''.join(f'--c{i}:{c};' for i,c in enumerate(('#0f6ca8', '#d1580d', '#14
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(118px,1fr))}.card img,.shown img{max-width:100%}.cardtitle{color:var(--soft);font-size:.8rem}.card p{margin:.2rem 0}.scroll{overflow-x:auto}summary{cursor:pointer}
 '''
 
-# %% ../../nbs/hmln/41_explain.ipynb #626fe17e
+# %% ../../nbs/hmln/41_explain.ipynb #27d47724
 def _print(table, old, before, settings):
     "Name of the file of rows: changes with all that can change them"
     h = hashlib.sha256(b'1')
-    for x in (table, old, before, {k:repr(v) for k,v in sorted(settings.items())}): h.update(json.dumps(x, ensure_ascii=True, default=str).encode())
+    for x in (table, old, before, {k:repr(v) for k,v in sorted((_USUAL | settings).items())}): h.update(json.dumps(x, ensure_ascii=True, default=str).encode())
     return h.hexdigest()[:10]
 
 def _kept(path):

@@ -70,7 +70,7 @@ def _sense(p):
     low,high = p['interval'] or (None, None)
     return ORIGINS[p['origin']][1] + value + ('' if low is None else f' [{num(low, 2)}, {num(high, 2)}]')
 
-# %% ../../nbs/hmln/40_page.ipynb #87eccb9a
+# %% ../../nbs/hmln/40_page.ipynb #f2818fd1
 def examples(
     hits:list, # [[train_id, I(t;q) or None, caption]]
     picture=lambda id: None, # train_id -> `data:` address or None
@@ -80,7 +80,7 @@ def examples(
     def one(i, value, text):
         uri = picture(i)
         return tag('div', image(uri, text or f'training image {i}') if uri else '', tag('p', text or '', dir='auto'), tag('p', f'{i}' if value is None else f'I = {signed(value)} · {i}', cls='cardtitle'), cls='card')
-    return grid([one(*h) for h in hits], width=118) if hits else tag('p', none, cls='cardtitle')
+    return grid([one(*h) for h in hits], width=118) if hits else tag('p', none, cls='nums')
 
 def phrase_html(
     p:dict, # a phrase of a row
@@ -121,7 +121,7 @@ def network_html(
     drawing = tag('svg', *out, viewBox=f'0 0 560 {high}', role='img', aria_label=f"{n} of the {part['of']} atoms of the ground network", cls='net')
     return figure(drawing, f"{n} of {part['of']:,} atoms: left those of the caption, right those tied to them most, each with its probability. Whole lines support, dashed lines rule out; thick is strong.")
 
-# %% ../../nbs/hmln/40_page.ipynb #ebc5234b
+# %% ../../nbs/hmln/40_page.ipynb #ca6f669b
 def trace_html(
     row:dict, # see above
     name:str='c', # prefix of its ids
@@ -132,7 +132,7 @@ def trace_html(
     line = f"MAP score {num(row['map_score'])}, log P {num(row['log_p'])}, {exact_words(row)}, {row['n_atoms']:,} atoms"
     values = [[p['text'], ' '.join(map(str, p['atom'] or ())), ORIGINS[p['origin']][1], (p['p'], *p['interval']) if p['interval'] else p['p']] for p in row['phrases']]
     whole = [tag('h4', 'Explaining'), examples(row['explaining'], train_picture), tag('h4', 'Contrasting'), examples(row['contrasting'], train_picture)]
-    parts = [tag('h3', f"Image {row['id']}", id=name), tag('div', image(picture, row['caption'] or 'the image') if picture else '', tag('div', caption_html(row, name), tag('p', line, cls='cardtitle')), cls='shown'),
+    parts = [tag('h3', f"Image {row['id']}", id=name), tag('div', image(picture, row['caption'] or 'the image') if picture else '', tag('div', caption_html(row, name), tag('p', line, cls='nums')), cls='shown'),
         *(phrase_html(p, f'{name}-{k}', train_picture) for k,p in enumerate(row['phrases']))]
     if not row['phrases']: parts.append(tag('p', 'The parser found no statement in this caption: there is nothing to trace.'))
     parts.append(details('The whole caption: examples that explain it most, and contrasting ones', *whole))
@@ -164,17 +164,17 @@ def summary_html(
         fig,ax = new_figure(); ax.hist(scores, 30); ax.set(xlabel='MAP score', ylabel='captions')
     return legend, figure(figure_svg(fig, f'Histogram of {len(scores)} MAP scores'), 'MAP score: how much the statements of a caption cost against the best state of its network. 0: the training captions explain it best as it stands.')
 
-# %% ../../nbs/hmln/40_page.ipynb #08d1bb65
+# %% ../../nbs/hmln/40_page.ipynb #2f66dc97
 _LINE = ''.join(f'.o{i}{{--o:var(--c{c});text-decoration-style:{line}}}' for i,(_,_,c,line) in enumerate(ORIGINS.values()))
 EXPLAIN_STYLE = _LINE + '''
 .phrase{color:inherit;text-decoration-line:underline;text-decoration-color:var(--o);text-decoration-thickness:.16em;text-underline-offset:.22em;background:color-mix(in srgb,var(--o) 14%,transparent);border-radius:3px;padding:.1em .12em;scroll-margin-top:4rem}
 .phrase sup,.letter{color:var(--o);font:700 .78em/1 var(--sans);text-decoration:none;margin-left:.12em}.letter{display:inline-block;min-width:1.3em;font-size:1rem}
 .away{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);white-space:nowrap}
-.trace{margin:0 0 3rem;max-width:none}.trace h4{font:600 .86rem/1.4 var(--sans);margin:.6rem 0 .3rem}.trace .grid{gap:.9rem;margin:.4rem 0 1rem}.trace h3{margin-top:2.4rem}
+.trace{margin:0 0 3rem;max-width:none}:is(.why,.trace) h4{font:600 .86rem/1.4 var(--sans);margin:.6rem 0 .3rem}:is(.why,.trace) .grid{--col:118px;gap:.9rem;margin:.4rem 0 1rem}.trace h3{margin-top:2.4rem}
 .said{font-size:1.2rem;line-height:1.75;margin:0 0 .4rem}.shown{display:flex;gap:1.2rem;align-items:flex-start;margin-bottom:1rem}.shown>img{flex:0 0 auto;width:9rem}.shown>div{min-width:0}
 .why{padding:.15rem 0}.why summary{font-weight:400;padding:.4rem 0;min-height:2.75rem}.why q{font-weight:600}.why .sense{color:var(--soft);font-size:.88rem}.why>div{scroll-margin-top:4.5rem}.why>div:target{border-left:3px solid var(--link);padding-left:.8rem}
 .nums{font:.86rem/1.5 var(--sans);color:var(--soft)}svg.net{display:block;width:560px;font:12px var(--sans);fill:currentColor}.net path{fill:none;stroke:var(--c1)}.net path.no{stroke:var(--c2);stroke-dasharray:5 4}.net circle{fill:var(--ground);stroke:currentColor}.net circle.p{fill:currentColor}
-.trace .card{font-size:.86rem}.trace .card img{margin-bottom:.3rem}
+:is(.why,.trace) .card{font-size:.86rem}:is(.why,.trace) .card img{margin-bottom:.3rem}
 @media(max-width:34rem){.shown{flex-direction:column;gap:.6rem}}
 '''
 EXPLAIN_PROGRAM = '''
@@ -191,9 +191,11 @@ def chosen_rows(
     rows:list, # see above
     most:int # how many
 )->list: # positions
-    "Captions that are shown: evenly spread over the MAP scores, in their own order"
-    order = sorted(range(len(rows)), key=lambda i: (rows[i]['map_score'] is None, rows[i]['map_score'] or 0., i))
-    return sorted({order[round(j)] for j in np.linspace(0, len(rows) - 1, min(most, len(rows)))})
+    "Captions that are shown: of those that say something, evenly spread over the MAP scores, in their own order"
+    if len(rows) <= most: return list(range(len(rows)))
+    some = [i for i,r in enumerate(rows) if r['phrases']] or list(range(len(rows)))
+    order = sorted(some, key=lambda i: (rows[i]['map_score'] is None, rows[i]['map_score'] or 0., i))
+    return sorted({order[round(j)] for j in np.linspace(0, len(some) - 1, min(most, len(some)))})
 
 # %% ../../nbs/hmln/40_page.ipynb #ba12039c
 def _listed(rows, shown, names):
