@@ -10,7 +10,7 @@ from capnb.core.errors import CapnbError
 from capnb.data.scenes import Scenes
 from capnb.fsc_clip.lexicon import indefinite, lexicon
 from capnb.fsc_clip.negatives import FAMILIES, KINDS, HardNegatives, StoredNegatives, WithNegatives, precompute, read_negatives
-from capnb.fsc_clip.plausible import NGrams, Plausible
+from capnb.fsc_clip.plausible import CaptionModel, Plausible
 from capnb.fsc_clip.swap import Negative, alike
 from capnb.fsc_clip.tagged import analyse, meaning, tagged_from_json, tagged_to_json
 
@@ -112,7 +112,7 @@ def test_filter_keeps_the_promise_and_its_counts():
     assert make(captions[:20]) == make(captions[:20][::-1])[::-1] and sum(map(len, make(captions[:40]))) < sum(map(len, HardNegatives(["replace", "colour"])(captions[:40])))
     known, rest = captions[7], [c for c in captions if c != captions[7]]
     n = captions.count(known)
-    if n == 1 and NGrams(rest).size == f.model.size: assert f.model.score(captions[3], f.model.without(known)) == pytest.approx(NGrams(rest).score(captions[3]), abs=.2)
+    if n == 1 and CaptionModel(rest).size == f.model.size: assert f.model.score(captions[3], f.model.without(known)) == pytest.approx(CaptionModel(rest).score(captions[3]), abs=.2)
 
 
 def test_files_own_negatives_and_errors(tmp_path, parsed):
