@@ -16,11 +16,11 @@ from ..text.parse import parse
 from .swap import Edit, Negative, apply
 from .tagged import Tagged, analyse, meaning, tagged_from_json, tagged_to_json
 
-# %% ../../nbs/fsc_clip/15_negatives.ipynb #b63b0806
+# %% ../../nbs/fsc_clip/15_negatives.ipynb #3e923e57
 _IN = {"swap": "noun adjective adverb verb", "replace": "object attribute relation", "add": "object attribute"}
 FAMILIES = {k: tuple(f"{k}-{x}" for x in v.split()) for k, v in _IN.items()}
 _PLACES = {n: f"capnb.fsc_clip.{m}:{n.replace('-', '_')}" for m, k in (("swap", "swap"), ("replace", "replace"), ("add", "add")) for n in FAMILIES[k]}
-KINDS = Registry("negative", _PLACES | dict(colour="capnb.fsc_clip.replace:replace_colour", count="capnb.fsc_clip.replace:count", flip="capnb.fsc_clip.replace:flip",
+KINDS = Registry("negative", _PLACES | {"swap-like": "capnb.fsc_clip.swap:swap_like"} | dict(colour="capnb.fsc_clip.replace:replace_colour", count="capnb.fsc_clip.replace:count", flip="capnb.fsc_clip.replace:flip",
     trade="capnb.fsc_clip.add:trade", negation="capnb.fsc_clip.add:negate", shuffle="capnb.fsc_clip.add:shuffle"), "capnb.negatives")
 _ALSO = {"color": "colour", "relation": "flip", "relation-flip": "flip", "flip-relation": "flip", "bigram": "shuffle", "bi-gram": "shuffle", "bigram-shuffle": "shuffle", "bi-gram-shuffle": "shuffle", "negate": "negation"}
 

@@ -96,8 +96,8 @@ class CaptionModel(NGrams):
         "Both."
         return self.log_p(caption, less) + (self.weight*self.together(caption, less) if self.weight else 0.)
 
-# %% ../../nbs/fsc_clip/16_plausible.ipynb #3ced18db
-BIAS = {"": 2.}  # nats per kind or family
+# %% ../../nbs/fsc_clip/16_plausible.ipynb #5c54f5ab
+BIAS = {"": 1.5, "replace-object": 3., "replace-attribute": .75, "colour": .5, "count": .3, "flip": 0., "swap": 2.5, "swap-adjective": 2., "swap-like": 1.}  # nats per kind or family
 
 class Plausible:
     "`filter=` of `HardNegatives`: draws among the candidates and the caption itself by their likelihood."
