@@ -10,8 +10,9 @@ from capnb.core.errors import CapnbError
 from capnb.data.scenes import Scenes
 from capnb.fsc_clip.lexicon import indefinite, lexicon
 from capnb.fsc_clip.negatives import FAMILIES, KINDS, HardNegatives, StoredNegatives, WithNegatives, precompute, read_negatives
-from capnb.fsc_clip.plausible import NGrams, Plausible
+from capnb.fsc_clip.plausible import CaptionModel, Plausible
 from capnb.fsc_clip.swap import Negative, alike
+from capnb.text.parse import parse
 from capnb.fsc_clip.tagged import analyse, meaning, tagged_from_json, tagged_to_json
 
 SENTENCES = [
@@ -87,8 +88,11 @@ def test_reparsed_negatives_state_something_else(parsed):
     pairs = [(t, x) for t in parsed if t.text[-1:] == "." for x in make.of(t)]
     for (t, x), again in zip(pairs, analyse([x for _, x in pairs])):
         if meaning(again) == meaning(t): same.append((t.text, str(x), x.kind))
-    print(same)
-    assert len(pairs) > 200 and len(same) <= .005*len(pairs), same[:9]
+    assert len(pairs) > 200 and len(same) <= .01*len(pairs), same[:9]  # what a second parse reads otherwise
+    texts = [t.text for t, _ in pairs[:300:6]]
+    sure = HardNegatives(["swap", "replace", "count"], reparse=True)(texts)
+    said = lambda c: frozenset(parse(c)[0].lemmas())
+    assert sum(map(len, sure)) > 50 and all(said(n) != said(c) for c, found in zip(texts, sure) for n in found)
 
 
 def test_nothing_depends_on_order_batch_or_hash_seed(parsed):
@@ -112,7 +116,7 @@ def test_filter_keeps_the_promise_and_its_counts():
     assert make(captions[:20]) == make(captions[:20][::-1])[::-1] and sum(map(len, make(captions[:40]))) < sum(map(len, HardNegatives(["replace", "colour"])(captions[:40])))
     known, rest = captions[7], [c for c in captions if c != captions[7]]
     n = captions.count(known)
-    if n == 1 and NGrams(rest).size == f.model.size: assert f.model.score(captions[3], f.model.without(known)) == pytest.approx(NGrams(rest).score(captions[3]), abs=.2)
+    if n == 1 and CaptionModel(rest).size == f.model.size: assert f.model.score(captions[3], f.model.without(known)) == pytest.approx(CaptionModel(rest).score(captions[3]), abs=.2)
 
 
 def test_files_own_negatives_and_errors(tmp_path, parsed):

@@ -10,7 +10,7 @@ __all__ = ['PEOPLE', 'ANIMALS', 'THINGS', 'NOUNS', 'ANIMATE', 'MASS', 'ADJECTIVE
 import functools
 from ..core.errors import DataError
 
-# %% ../../nbs/fsc_clip/10_lexicon.ipynb #aebab25f
+# %% ../../nbs/fsc_clip/10_lexicon.ipynb #4514b86b
 PEOPLE = """
 man,guy,gentleman,boy woman,lady,girl
 child,kid man,guy woman,lady
@@ -26,6 +26,8 @@ poodle beagle terrier
 shark clownfish
 butterfly beetle spider
 """
+
+# %% ../../nbs/fsc_clip/10_lexicon.ipynb #ccbdd2e4
 THINGS = """
 tulip daisy rose
 pine palm oak
@@ -49,7 +51,10 @@ wall floor ceiling
 pizza sandwich,hamburger,burger,hot_dog cake,cookie,donut,doughnut,pancake,waffle pie
 bread rice soup pasta,spaghetti,noodle salad cheese meat
 apple banana orange lemon pear peach strawberry
-carrot tomato potato onion cucumber
+"""
+
+# %% ../../nbs/fsc_clip/10_lexicon.ipynb #53193e9d
+THINGS += """carrot tomato potato onion cucumber
 broccoli cauliflower spinach lettuce
 coffee tea milk juice wine beer
 breakfast lunch dinner
@@ -126,7 +131,7 @@ tame wild
 deep shallow
 """
 
-# %% ../../nbs/fsc_clip/10_lexicon.ipynb #0771b3aa
+# %% ../../nbs/fsc_clip/10_lexicon.ipynb #e29eb633
 TRANSITIVE = """
 hold,carry kick
 throw catch kick
@@ -161,6 +166,8 @@ away back
 upstairs downstairs
 together apart
 """
+
+# %% ../../nbs/fsc_clip/10_lexicon.ipynb #f01a2951
 RELATIONS = """
 on,on_top_of,upon,atop,onto under,underneath,beneath,below above,over
 on,on_top_of,upon,atop,onto next_to,beside,near,by,close_to

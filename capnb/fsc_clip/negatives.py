@@ -16,11 +16,11 @@ from ..text.parse import parse
 from .swap import Edit, Negative, apply
 from .tagged import Tagged, analyse, meaning, tagged_from_json, tagged_to_json
 
-# %% ../../nbs/fsc_clip/15_negatives.ipynb #b63b0806
+# %% ../../nbs/fsc_clip/15_negatives.ipynb #3e923e57
 _IN = {"swap": "noun adjective adverb verb", "replace": "object attribute relation", "add": "object attribute"}
 FAMILIES = {k: tuple(f"{k}-{x}" for x in v.split()) for k, v in _IN.items()}
 _PLACES = {n: f"capnb.fsc_clip.{m}:{n.replace('-', '_')}" for m, k in (("swap", "swap"), ("replace", "replace"), ("add", "add")) for n in FAMILIES[k]}
-KINDS = Registry("negative", _PLACES | dict(colour="capnb.fsc_clip.replace:replace_colour", count="capnb.fsc_clip.replace:count", flip="capnb.fsc_clip.replace:flip",
+KINDS = Registry("negative", _PLACES | {"swap-like": "capnb.fsc_clip.swap:swap_like"} | dict(colour="capnb.fsc_clip.replace:replace_colour", count="capnb.fsc_clip.replace:count", flip="capnb.fsc_clip.replace:flip",
     trade="capnb.fsc_clip.add:trade", negation="capnb.fsc_clip.add:negate", shuffle="capnb.fsc_clip.add:shuffle"), "capnb.negatives")
 _ALSO = {"color": "colour", "relation": "flip", "relation-flip": "flip", "flip-relation": "flip", "bigram": "shuffle", "bi-gram": "shuffle", "bigram-shuffle": "shuffle", "bi-gram-shuffle": "shuffle", "negate": "negation"}
 
@@ -35,8 +35,18 @@ def kinds_of(
     if plain in KINDS: return (plain,)
     raise ConfigError(f"there is no kind of negative {name!r}", where="HardNegatives", expected=", ".join([*FAMILIES, *KINDS]), do=did_you_mean(str(name), [*FAMILIES, *KINDS.names()]))
 
-# %% ../../nbs/fsc_clip/15_negatives.ipynb #d7a33337
-PAPER = ("swap", "replace", "shuffle")  # section 3.1: one of each
+# %% ../../nbs/fsc_clip/15_negatives.ipynb #54a7f082
+def _candidates(t, kind, rng, mine, seen, most):
+    "Negatives of one kind that are neither equal nor equivalent to the caption or taken"
+    n = 0
+    for e in KINDS.load(kind)(t, rng):
+        if isinstance(e, Edit):
+            if meaning(t, *e[1:]) == mine: continue
+            e = apply(t, e, kind)
+        elif not isinstance(e, Negative): e = Negative(str(e), kind)
+        if not e.strip() or e.lower() in seen: continue
+        if (n := n + 1) > most: return
+        yield e
 
 def _reparsed(tagged, negatives):
     "Negatives whose own graph is not that of the caption; the graph knows neither denials nor shuffles, so these stay"
@@ -44,6 +54,9 @@ def _reparsed(tagged, negatives):
     graphs = iter(parse(flat))
     said = lambda g: frozenset(g.lemmas())
     return [[n for n in found if said(next(graphs)) != said(g) or n.kind in ("negation", "shuffle")] for g, found in zip(parse([t.text for t in tagged]), negatives)]
+
+# %% ../../nbs/fsc_clip/15_negatives.ipynb #618d7917
+PAPER = ("swap", "replace", "shuffle")  # section 3.1: one of each
 
 class HardNegatives:
     "Makes hard negatives: `HardNegatives()(captions)` is a list of `Negative`s per caption."
@@ -82,7 +95,7 @@ class HardNegatives:
         for name, members in self.kinds.items():
             rng = random.Random(f"{self.seed}/{epoch}/{name}/{t.text}")
             for kind in rng.sample(members, len(members)):
-                found = self._candidates(t, kind, rng, mine, seen)
+                found = _candidates(t, kind, rng, mine, seen, self.candidates)
                 while len(got := [n for n in out if n.kind in members]) < self.each:
                     n = next(found, None) if self.filter is None else self.filter(t.text, found := list(found), rng)
                     if n is None: break
@@ -90,17 +103,6 @@ class HardNegatives:
                     if self.filter is not None: found = [x for x in found if x.lower() not in seen]
                 if len(got) >= self.each: break
         return out if len(out) <= self.per_caption else sorted(random.Random(f"{self.seed}/{epoch}/{t.text}").sample(out, self.per_caption), key=out.index)
-
-    def _candidates(self, t, kind, rng, mine, seen):
-        "Negatives of one kind that are neither equal nor equivalent to the caption or taken"
-        n = 0
-        for e in KINDS.load(kind)(t, rng):
-            if isinstance(e, Edit):
-                if meaning(t, *e[1:]) == mine: continue
-                e = apply(t, e, kind)
-            elif not isinstance(e, Negative): e = Negative(str(e), kind)
-            if e.strip() and e.lower() not in seen and (n := n + 1) <= self.candidates: yield e
-            elif n > self.candidates: return
 
 # %% ../../nbs/fsc_clip/15_negatives.ipynb #fa68996d
 class StoredNegatives:
