@@ -6,8 +6,8 @@
 __all__ = ['Reading', 'files_of', 'read_sugarcrepe', 'read_aro_vg', 'plain_words', 'word_tags', 'order_shuffles',
            'read_aro_order', 'read_valse', 'read_vl_checklist', 'read_whatsup', 'read_crepe']
 
-# %% ../../nbs/fsc_clip/34_text_sets.ipynb #50fc8f1e
-import ast, csv, os, random, re
+# %% ../../nbs/fsc_clip/34_text_sets.ipynb #6ac72c77
+import ast, csv, random, re
 from pathlib import Path
 from ..core.errors import ConfigError, DataError
 from ..core.files import read_json
