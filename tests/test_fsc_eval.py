@@ -13,7 +13,7 @@ from capnb.data.scene_oracle import read_caption
 from capnb.data.scene_text import plural
 from capnb.data.scene_world import CATEGORIES, DOMAINS, SUBTYPE_OF, held_out, lot
 from capnb.fsc_clip.forgetting import change, forgetting_page, forgetting_report
-from capnb.fsc_clip.image_sets import ARO, SETS, comp, read_eqben, read_imagecode, read_spec, read_svo, read_winoground, score_sets
+from capnb.fsc_clip.image_sets import ARO, SETS, comp, read_eqben, read_imagecode, read_spec, read_svo, read_winoground
 from capnb.fsc_clip.items import Crop, Item, Items, Looked, chance_of, mark, open_key, score_items, wins
 from capnb.fsc_clip.real_images import blinded, negative_items, pair_items
 from capnb.fsc_clip.real_sets import class_set, retrieval_marks, score_classes
@@ -100,7 +100,7 @@ def test_bad_items_are_named():
 def test_oracle_agrees_with_every_item(domain):
     for task in TASKS:
         if task == "shuffle": continue
-        for item in suite_items(task, 24, seed=11, domain=domain):
+        for item in suite_items(task, 16, seed=11, domain=domain):
             scenes = [suite_scene(k) for k in item.images]
             assert item.truth().tolist() == [[not read_caption(t, s).hallucinated for t in item.texts] for s in scenes], item
             assert len({suite_picture(k).tobytes() for k in item.images}) == len(item.images)
@@ -153,7 +153,7 @@ def test_a_model_that_knows_the_truth_wins_everything():
 
 
 def test_a_random_model_is_at_chance():
-    marks = clip_suite(Hashed(), seed=1, n=150, tasks=(*TASKS, "zero-shot count", "zero-shot background"), load=lambda k: k)
+    marks = clip_suite(Hashed(), seed=1, n=100, tasks=(*TASKS, "zero-shot count", "zero-shot background"), load=lambda k: k)
     for k, r in marks.items(): assert r["low"] - .05 < r["chance"] < r["high"] + .05, (k, r["accuracy"], r["chance"])
 
 
@@ -274,7 +274,7 @@ def test_reader_on_good_missing_and_broken_files(read, place):
     (place / "none").mkdir()
     with pytest.raises(DataError) as e: read(place / name, place / "none")
     assert "missing image" in str(e.value) and "none" in str(e.value)
-    with pytest.raises(CapnbError): read(place / "nowhere.json", place / "im") if not name.endswith("csv") else (_ for _ in ()).throw(DataError("x"))
+    with pytest.raises(DataError, match="no such file"): read(place / f"nowhere_{name}", place / "im")
     if name.endswith(".json"):
         for broken in ("", "{", "[1]" if isinstance(value, list) else '{"0": 1}', json.dumps([{}] if isinstance(value, list) else {"0": {}})):
             with pytest.raises(CapnbError) as e: read(put(place / "broken" / name, broken), place / "im")
@@ -286,7 +286,7 @@ def test_missing_images_are_counted_and_the_rest_is_read(place):
     for i in range(50): w.writerow([i, f"s {i}", 1, 2 if i % 5 else 99, "True", "False", "False"])
     items = read_svo(put(place / "svo_probes.csv", rows.getvalue()), place / "im")
     assert len(items) == 40 and items.skipped == {"missing image": 10} and "10 missing image" in repr(items)
-    got = score_sets(Hashed(), {"SVO-Probes": items}) if False else score_items(Hashed(), items, load=str)
+    got = score_items(Hashed(), items, load=str)
     assert got["t2i"]["n"] == 40 and "i2t" not in got
 
 
@@ -299,8 +299,8 @@ def test_eqben_cap_is_seeded(place):
 
 
 def test_spec_and_imagecode_ask_the_right_way(place):
-    for k in range(10): Image.new("RGB", (4, 4)).save(put(place / f"im/s/img{k}.jpg", ""))
-    Image.new("RGB", (4, 4)).save(place / "im/s/other.jpg") if False else None
+    (place / "im/s").mkdir()
+    for k in (*range(10), "x"): Image.new("RGB", (4, 4)).save(place / f"im/s/img{k}.jpg")
     items = read_imagecode(put(place / "v.json", {"s": {"3": "x", "9": "y"}}), place / "im")
     assert [i.right for i in items] == [((3, 0),), ((9, 0),)] and all(len(i.images) == 10 for i in items)
     rows = score_items(Hashed(), items, load=str)
@@ -355,7 +355,7 @@ def test_pairs_and_negatives_of_photographs(shared):
     from capnb.data.coco import read_coco
     coco = shared / "data/coco"
     if not coco.is_dir(): pytest.skip("no COCO here")
-    data = read_coco(coco / "captions.json", coco / "images").subset(range(10))
+    data = read_coco(coco / "captions.json", coco / "images").subset(range(6))
     items = negative_items(data)
     assert len({i.kind for i in items}) >= 5 and {i.images[0] for i in items} <= {str(i) for i in data.ids} and all(i.texts[0] in data.captions(list(map(str, data.ids)).index(i.images[0])) for i in items)
     seen = Looked(Hashed(), [k for i in items for k in i.images], [t for i in items for t in i.texts], load=str)

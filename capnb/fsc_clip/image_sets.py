@@ -6,12 +6,13 @@
 __all__ = ['SETS', 'ARO', 'read_winoground', 'read_array_image', 'ArrayImage', 'read_eqben', 'read_spec', 'read_svo',
            'read_imagecode', 'set_value', 'comp', 'score_sets']
 
-# %% ../../nbs/fsc_clip/35_image_sets.ipynb #524705e1
+# %% ../../nbs/fsc_clip/35_image_sets.ipynb #0a0dd537
 import csv, re
 from pathlib import Path
 import numpy as np
 from ..core.errors import ConfigError, DataError
 from ..core.files import read_json, read_lines
+from ..data.coco import open_text
 from ..data.records import hash_order
 from .items import Item, Items, by_label, macro, score_items
 from .text_sets import Reading, files_of, read_aro_order, read_aro_vg, read_crepe, read_sugarcrepe, read_valse, read_vl_checklist, read_whatsup
@@ -80,14 +81,14 @@ def read_spec(
             r.items.append(Item(f"{sub}/{way}/{n}", tuple(shown), texts, right, f"{sub} {way}", way))
     return r.done()
 
-# %% ../../nbs/fsc_clip/35_image_sets.ipynb #c9d4886a
+# %% ../../nbs/fsc_clip/35_image_sets.ipynb #47b3ecbb
 def read_svo(
     file,  # svo_probes.csv
     images,  # folder of the images
 ) -> Items:  # kind: subject, verb or object
     "SVO-Probes: a sentence, its image, and one that differs in subject, verb or object."
     r = Reading("SVO-Probes", file, images, "t2i")
-    with open(file, encoding="utf-8", newline="") as f: rows = list(csv.DictReader(f))
+    with open_text(file) as f: rows = list(csv.DictReader(f))
     for n, e in enumerate(rows):
         text, a, b = r.need(e, n, "sentence", "pos_image_id", "neg_image_id")
         kind = next((k for k, c in (("subject", "subj_neg"), ("verb", "verb_neg"), ("object", "obj_neg")) if str(e.get(c)).lower() in ("true", "1")), "")

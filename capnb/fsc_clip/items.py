@@ -110,7 +110,7 @@ def wins(
     asked = R.any(1) & ~R.all(1)
     with np.errstate(invalid="ignore"): return asked, asked & (best - worst > TIE)
 
-# %% ../../nbs/fsc_clip/30_items.ipynb #17f14153
+# %% ../../nbs/fsc_clip/30_items.ipynb #4d6bf694
 def mark(
     task: str,  # what was asked
     ids,  # of the items, n
@@ -125,7 +125,7 @@ def mark(
     if n == 0 or any(c is not None and len(c) != n for c in (right, labels, query, truth, answer)): raise MetricError("the columns of these marks differ in length, or are empty", where=task, expected=f"{n} each" if n else "at least one item")
     low, high = wilson(sum(right), n)
     columns = dict(ids=[str(i) for i in ids], right=right, labels=[str(l) for l in labels] if labels is not None else [""]*n, query=query, truth=truth, answer=answer)
-    return dict(task=task, accuracy=sum(right)/n, low=low, high=high, chance=chance, n=n, **more, **{k: v if v is None else list(v) for k, v in columns.items()})
+    return dict(task=task, accuracy=sum(right)/n, low=max(0., low), high=min(1., high), chance=chance, n=n, **more, **{k: v if v is None else list(v) for k, v in columns.items()})
 
 def chance_of(
     R: np.ndarray,  # (n, m) bool

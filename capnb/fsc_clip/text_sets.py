@@ -6,11 +6,12 @@
 __all__ = ['Reading', 'files_of', 'read_sugarcrepe', 'read_aro_vg', 'plain_words', 'word_tags', 'order_shuffles',
            'read_aro_order', 'read_valse', 'read_vl_checklist', 'read_whatsup', 'read_crepe']
 
-# %% ../../nbs/fsc_clip/34_text_sets.ipynb #50fc8f1e
-import ast, csv, os, random, re
+# %% ../../nbs/fsc_clip/34_text_sets.ipynb #f07c75f8
+import ast, csv, random, re
 from pathlib import Path
 from ..core.errors import ConfigError, DataError
 from ..core.files import read_json
+from ..data.coco import open_text
 from ..data.records import Skipped
 from ..data.scene_world import lot
 from .items import Crop, Item, Items
@@ -202,7 +203,7 @@ def read_whatsup(
             r.choice(f"{file.stem}/{n}", r.image(*names), texts[0], list(texts[1:]), file.stem)
     return r.done()
 
-# %% ../../nbs/fsc_clip/34_text_sets.ipynb #a15e5f76
+# %% ../../nbs/fsc_clip/34_text_sets.ipynb #ee853ea5
 def read_crepe(
     files,  # one table, or the folder of all
     images,  # folder above VG_100K/ and VG_100K_2/, or of the images themselves
@@ -211,7 +212,7 @@ def read_crepe(
     r = Reading("CREPE", files, images)
     for file in files_of(files, ".csv"):
         r.path, found = file, re.search("(atom|swap|negate)", file.name)
-        with open(file, encoding="utf-8", newline="") as f: rows = list(csv.DictReader(f))
+        with open_text(file) as f: rows = list(csv.DictReader(f))
         for n, e in enumerate(rows):
             number, x, y, w, h, right, wrong = r.need(e, n, "image_id", "x", "y", "width", "height", "caption", "hard_negs")
             try: wrong, box = list(ast.literal_eval(wrong)), tuple(int(float(v)) for v in (x, y, w, h))
