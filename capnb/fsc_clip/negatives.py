@@ -6,13 +6,13 @@
 __all__ = ['FAMILIES', 'KINDS', 'PAPER', 'kinds_of', 'HardNegatives', 'StoredNegatives', 'precompute', 'read_negatives',
            'WithNegatives']
 
-# %% ../../nbs/fsc_clip/15_negatives.ipynb #3effbf23
+# %% ../../nbs/fsc_clip/15_negatives.ipynb #0eb8d687
 import random
 from pathlib import Path
 from ..core.errors import ConfigError, DataError, did_you_mean
 from ..core.files import read_json, write_json
 from ..core.registry import Registry
-from ..text.graph import SceneGraph
+from ..text.parse import parse
 from .swap import Edit, Negative, apply
 from .tagged import Tagged, analyse, meaning, tagged_from_json, tagged_to_json
 
@@ -35,7 +35,27 @@ def kinds_of(
     if plain in KINDS: return (plain,)
     raise ConfigError(f"there is no kind of negative {name!r}", where="HardNegatives", expected=", ".join([*FAMILIES, *KINDS]), do=did_you_mean(str(name), [*FAMILIES, *KINDS.names()]))
 
-# %% ../../nbs/fsc_clip/15_negatives.ipynb #c9537b9f
+# %% ../../nbs/fsc_clip/15_negatives.ipynb #54a7f082
+def _candidates(t, kind, rng, mine, seen, most):
+    "Negatives of one kind that are neither equal nor equivalent to the caption or taken"
+    n = 0
+    for e in KINDS.load(kind)(t, rng):
+        if isinstance(e, Edit):
+            if meaning(t, *e[1:]) == mine: continue
+            e = apply(t, e, kind)
+        elif not isinstance(e, Negative): e = Negative(str(e), kind)
+        if not e.strip() or e.lower() in seen: continue
+        if (n := n + 1) > most: return
+        yield e
+
+def _reparsed(tagged, negatives):
+    "Negatives whose own graph is not that of the caption; the graph knows neither denials nor shuffles, so these stay"
+    flat = [n for found in negatives for n in found]
+    graphs = iter(parse(flat))
+    said = lambda g: frozenset(g.lemmas())
+    return [[n for n in found if said(next(graphs)) != said(g) or n.kind in ("negation", "shuffle")] for g, found in zip(parse([t.text for t in tagged]), negatives)]
+
+# %% ../../nbs/fsc_clip/15_negatives.ipynb #618d7917
 PAPER = ("swap", "replace", "shuffle")  # section 3.1: one of each
 
 class HardNegatives:
@@ -47,10 +67,11 @@ class HardNegatives:
         each:int = 1, # Negatives per entry of `kinds` at most
         filter = None, # `filter(caption, candidates, rng)` -> one of them or None
         candidates:int = 16, # Candidates per kind for the filter
+        reparse:bool = False, # Whether each negative is parsed again, and dropped if its graph is the caption's; slow
     ):
         kinds = [kinds] if isinstance(kinds, str) else list(kinds)
         if per_caption < 1 or each < 1 or candidates < 1 or not kinds: raise ConfigError(f"kinds={kinds}, per_caption={per_caption}, each={each}, candidates={candidates}", where="HardNegatives", expected="at least one kind, and numbers of 1 or more")
-        self.kinds, self.per_caption, self.seed, self.each, self.filter, self.candidates = {k: kinds_of(k) for k in kinds}, per_caption, seed, each, filter, candidates
+        self.kinds, self.per_caption, self.seed, self.each, self.filter, self.candidates, self.reparse = {k: kinds_of(k) for k in kinds}, per_caption, seed, each, filter, candidates, reparse
     def __repr__(self): return f"HardNegatives({', '.join(self.kinds)}; {self.per_caption} per caption, seed {self.seed})"
 
     def __call__(self,
@@ -62,7 +83,8 @@ class HardNegatives:
         captions = [captions] if isinstance(captions, str) else list(captions)
         graphs = graphs if graphs is not None and all(isinstance(g, Tagged) for g in graphs) else analyse(captions) if graphs is None or len(graphs) == len(captions) else graphs
         if len(graphs) != len(captions): raise DataError(f"{len(graphs)} graphs for {len(captions)} captions", where="HardNegatives", expected="one each")
-        return [self.of(t, epoch) for t in graphs]
+        out = [self.of(t, epoch) for t in graphs]
+        return _reparsed(graphs, out) if self.reparse else out
 
     def of(self,
         t:Tagged, # A tagged caption
@@ -73,7 +95,7 @@ class HardNegatives:
         for name, members in self.kinds.items():
             rng = random.Random(f"{self.seed}/{epoch}/{name}/{t.text}")
             for kind in rng.sample(members, len(members)):
-                found = self._candidates(t, kind, rng, mine, seen)
+                found = _candidates(t, kind, rng, mine, seen, self.candidates)
                 while len(got := [n for n in out if n.kind in members]) < self.each:
                     n = next(found, None) if self.filter is None else self.filter(t.text, found := list(found), rng)
                     if n is None: break
@@ -81,17 +103,6 @@ class HardNegatives:
                     if self.filter is not None: found = [x for x in found if x.lower() not in seen]
                 if len(got) >= self.each: break
         return out if len(out) <= self.per_caption else sorted(random.Random(f"{self.seed}/{epoch}/{t.text}").sample(out, self.per_caption), key=out.index)
-
-    def _candidates(self, t, kind, rng, mine, seen):
-        "Negatives of one kind that are neither equal nor equivalent to the caption or taken"
-        n = 0
-        for e in KINDS.load(kind)(t, rng):
-            if isinstance(e, Edit):
-                if meaning(t, *e[1:]) == mine: continue
-                e = apply(t, e, kind)
-            elif not isinstance(e, Negative): e = Negative(str(e), kind)
-            if e.strip() and e.lower() not in seen and (n := n + 1) <= self.candidates: yield e
-            elif n > self.candidates: return
 
 # %% ../../nbs/fsc_clip/15_negatives.ipynb #fa68996d
 class StoredNegatives:

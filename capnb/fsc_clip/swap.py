@@ -134,7 +134,7 @@ def some(
     "Items in random order, not too many."
     return rng.sample(items, min(k, len(items)))
 
-# %% ../../nbs/fsc_clip/12_swap.ipynb #38224b4c
+# %% ../../nbs/fsc_clip/12_swap.ipynb #991db786
 def _bare(t, i): return noun_phrase(t, i)[0] == (name_words(t, i) or (i, i))[0]
 
 def swap_noun(
@@ -148,9 +148,10 @@ def swap_noun(
         if b <= i or alike(w[i][5], w[j][5]): continue
         x, y = name_words(t, i), name_words(t, j)
         whole = agreement(t, i) == agreement(t, j) == [] or (w[i][2] == w[j][2] and None not in (agreement(t, i), agreement(t, j)))
+        there = any(w[k][3] == "attr" and any(x[3] == "expl" for x in w) for k in (i, j)) and {"the", "his", "her", "its"} & {t.word(a).lower(), t.word(b).lower()}
         bulk = w[i][2] != w[j][2] and not MASS.isdisjoint((w[i][5], w[j][5]))
         names = x and y and not bulk and (w[i][2] == w[j][2] == "NNS" or (_bare(t, i) == _bare(t, j)))
-        ways = [k for k, ok in (("names", names), ("places", whole and (a, b) != (i, j))) if ok]
+        ways = [k for k, ok in (("names", names), ("places", whole and not there and (a, b) != (i, j))) if ok]
         for way in some(ways, rng):
             if way == "names": yield Edit(((*span(t, *x), inflected(t, *y, w[i][2])), (*span(t, *y), inflected(t, *x, w[j][2]))), names={i: j, j: i})
             else: yield Edit(((*span(t, a, i), piece(t, b, j)), (*span(t, b, j), piece(t, a, i))), places={i: j, j: i})
