@@ -143,7 +143,7 @@ def suite_picture(
     "The picture behind a key of an image."
     return Image.fromarray(render(suite_scene(key)))
 
-# %% ../../nbs/fsc_clip/32_suite.ipynb #2c77ab5d
+# %% ../../nbs/fsc_clip/32_suite.ipynb #365c86de
 def _class_scene(domain, seed, i):
     "A scene with one kind of thing, whose category and sub-type follow from i."
     want = list(CATEGORIES)[i % 14], i//14 % 2
@@ -152,14 +152,17 @@ def _class_scene(domain, seed, i):
         t = scene.things[0]
         if t.category == want[0] and CATEGORIES[want[0]].index(t.subtype) == want[1]: return scene
 
-def _n(noun, n): return f"{article(noun)} {noun}" if n == 1 else f"{NUMBERS[n]} {plural(noun)}"
+def _n(noun, n, *said):
+    "'a red bird', 'two red birds'"
+    words = " ".join((*said, noun if n == 1 else plural(noun)))
+    return f"{NUMBERS[n] if n > 1 else article(words)} {words}"
 
 CLASSES = {  # question -> class -> its sentences
     "category": {c: [_n(c, n) for n in (1, 2, 3)] for c in CATEGORIES},
     "sub-type": {s: [_n(s, n) for n in (1, 2, 3)] for subs in CATEGORIES.values() for s in subs},
-    "colour": {k: [f"{article(k)} {k} {c}" for c in CATEGORIES] for k in COLOURS},
+    "colour": {k: [_n(c, n, k) for c in CATEGORIES for n in (1, 2, 3)] for k in COLOURS},
     "count": {str(n): [_n(c, n) for c in CATEGORIES] for n in (1, 2, 3)},
-    "background": {g: [f"{_n(c, 1)} {PLACE[g]}" for c in CATEGORIES] for g in BACKGROUNDS}}
+    "background": {g: [f"{_n(c, n)} {PLACE[g]}" for c in CATEGORIES for n in (1, 2, 3)] for g in BACKGROUNDS}}
 _ANSWER = {"category": lambda s: s.things[0].category, "sub-type": lambda s: s.things[0].subtype, "colour": lambda s: s.things[0].colour,
            "count": lambda s: str(s.things[0].count), "background": lambda s: s.background}
 
