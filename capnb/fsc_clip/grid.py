@@ -186,7 +186,7 @@ def run_grid(
         write_json(file, run_cell(dual, data, row, seed, pictures, setting)); n += 1
     return n
 
-# %% ../../nbs/fsc_clip/40_grid.ipynb #49c8960a
+# %% ../../nbs/fsc_clip/40_grid.ipynb #ef765b7e
 def condense(
     folder,  # of the runs
 ) -> dict:  # setting, base, rows: name -> list of runs
@@ -194,10 +194,11 @@ def condense(
     folder = Path(folder)
     runs = [read_json(folder/f"{r.name.replace(' ', '_')}-{s}.json") for r, s in grid_cells(range(20)) if (folder/f"{r.name.replace(' ', '_')}-{s}.json").is_file()]
     short = lambda d: {k: short(v) if isinstance(v, dict) else round(v, 4) if isinstance(v, float) else v for k, v in d.items()}
-    keep = ("seed", "means", "tasks", "near", "looks", "along", "last")
-    base = read_json(folder/"base.json")
-    return dict(setting=base["setting"], base=short({k: base[k] for k in ("means", "tasks", "near", "looks")}),
-                rows={r.name: dict(tier=r.tier, method=r.method, objective=r.objective, settings=r.settings, runs=[short({k: x[k] for k in keep}) for x in runs if x["row"]["name"] == r.name]) for r in ROWS if any(x["row"]["name"] == r.name for x in runs)})
+    tasks = lambda x, t: dict(tasks={k: v for k, v in x["tasks"].items() if k.startswith("own") or k.endswith(" i2t")}) if t in ("base", "core", "terms") else {}
+    some = lambda x, t, *more: short({k: x[k] for k in ("means", "near", "looks", *more)} | tasks(x, t))
+    base, rows = read_json(folder/"base.json"), {r.name: (r, [x for x in runs if x["row"]["name"] == r.name]) for r in ROWS}
+    return dict(setting=base["setting"], base=some(base, "base"),
+                rows={n: dict(tier=r.tier, method=r.method, objective=r.objective, settings=r.settings, runs=[some(x, r.tier, "seed", "along") for x in mine]) for n, (r, mine) in rows.items() if mine})
 
 def moved(
     grid: dict,  # from `condense`

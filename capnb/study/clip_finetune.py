@@ -6,8 +6,8 @@
 __all__ = ['BLOCK', 'FinetunePlan', 'claim_folder', 'all_negatives', 'class_folder', 'own_marks', 'three_means', 'finetune_run',
            'finetune_summary', 'clip_finetune_command', 'clip_finetune']
 
-# %% ../../nbs/study/13_clip_finetune.ipynb #7e4aeb3d
-import sys
+# %% ../../nbs/study/13_clip_finetune.ipynb #fd3186bc
+import os, sys, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np
@@ -128,7 +128,7 @@ def three_means(
     of = lambda k: [v for n,v in means.items() if n.startswith(k)]
     return {k:float(np.mean(of(k))) for k in ('composition', 'zero-shot', 'retrieval') if of(k)}
 
-# %% ../../nbs/study/13_clip_finetune.ipynb #a6253852
+# %% ../../nbs/study/13_clip_finetune.ipynb #c6d36e78
 def _parts(plan, size):
     "Training images, and held-out ones (None: the Scenes suite)"
     from capnb.data.load import load_data
@@ -147,9 +147,18 @@ def _parts(plan, size):
     n = size['train_images']
     return (data if n is None or n>=len(data) else data.split(dict(train=n), plan.seed)['train']), test
 
+def _rank(): return int(os.environ.get('RANK', 0)) if int(os.environ.get('WORLD_SIZE', 1))>1 else 0
+
+def _after_first(out):
+    "Under accelerate: the first process makes folder and negatives, the others wait for them"
+    began = time.monotonic()
+    while _rank() and not (out/'ready.json').is_file():
+        if time.monotonic() - began>7200: raise ConfigError('The first process made no negatives in two hours', where=out)
+        time.sleep(1)
+
 def finetune_run(
     plan:FinetunePlan # all settings
-)->dict: # alpha, marks of base, tuned and chosen model
+)->dict: # alpha, marks of base, tuned and chosen model; empty in all but the first process
     "Negatives, training, alpha, report, checkpoint; what is there already is not done again"
     from capnb.fsc_clip.baselines import objective_named
     from capnb.fsc_clip.recipe import Negated, choose_alpha, finetune, recipe
@@ -157,17 +166,20 @@ def finetune_run(
     from capnb.tune.alpha import alpha_sweep
     objective,dual = objective_named(plan.objective),load_dual_encoder(plan.model)
     if not hasattr(dual, 'save'): raise ConfigError(f'A {type(dual).__name__} cannot be saved as a checkpoint', where=plan.model, expected='a model of open_clip or transformers with two towers, or pipclip')
-    size = plan.sizes(); out = claim_folder(plan)
+    size,out = plan.sizes(),Path(plan.out)
+    if not _rank(): claim_folder(plan)
+    _after_first(out)
     if (out/'result.json').is_file(): return read_json(out/'result.json')
     data,test = _parts(plan, size)
     table = all_negatives(plan, [c for i in range(len(data)) for c in data.captions(i)], out/'negatives')
     if test is not None: table = all_negatives(plan, [r.captions[0] for r in test], out/'negatives-test') | table
     given = {k:v for k,v in dict(steps=size['steps'], epochs=plan.epochs, lr=plan.lr).items() if v is not None}
+    if not _rank(): write_json(out/'ready.json', len(table))
     config = recipe(plan.method, len(data), dual.name, batch_size=min(size['batch_size'], len(data)), seed=plan.seed, out=str(out/'run'), **given)
     crop = (.9, 1.) if plan.crop and not plan.data.startswith('scenes') else None
     pairs = Negated(dual, data, table, crop=crop, others={'tsvlc':1, 'dac':4}.get(plan.objective, 0), variants=plan.objective=='gnm-clip')
     tuned,done = finetune(dual, pairs, objective, plan.method, config, plan.chunk)
-    return _conclude(plan, out, tuned, done, test, table, size, choose_alpha, alpha_sweep)
+    return {} if _rank() else _conclude(plan, out, tuned, done, test, table, size, choose_alpha, alpha_sweep)
 
 # %% ../../nbs/study/13_clip_finetune.ipynb #8ce25a14
 def _conclude(plan, out, tuned, done, test, table, size, choose_alpha, alpha_sweep):
@@ -198,7 +210,7 @@ def finetune_summary(
     rows = [f"  {k:12s}{v[0]:8.3f}{v[-1]:8.3f}{v[at]:8.3f}" for k,v in c['values'].items()]
     return '\n'.join([f"{'':14s}{'base':>8s}{'tuned':>8s}{'chosen':>8s}", *rows, f"alpha {result['alpha']:g}: the most composition with at most {100*result['lose']:g} % of the rest lost; {len(result['worse'])} tasks and classes got worse for certain"])
 
-# %% ../../nbs/study/13_clip_finetune.ipynb #a52c08e6
+# %% ../../nbs/study/13_clip_finetune.ipynb #09ebf77c
 def clip_finetune_command(
     p # parser of the sub-command
 ): # function of the parsed arguments
@@ -227,5 +239,6 @@ def clip_finetune(
     plan = FinetunePlan(**{k:tuple(v) if isinstance(v, list) else v for k,v in vars(args).items() if k in FinetunePlan.__dataclass_fields__})
     try: result = finetune_run(plan)
     except KeyboardInterrupt: print(f'\nWhat is finished is kept in {plan.out}: the same command goes on from there.', file=sys.stderr); raise
+    if not result: return
     print(finetune_summary(result))
     print(f"checkpoint: {Path(plan.out)/'model'}\nreport: {Path(plan.out)/'forgetting.html'}")
