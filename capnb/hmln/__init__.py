@@ -20,4 +20,5 @@ lazy(__name__,
      rivals="by_captions by_images by_chance membership neighbours",
      gradients="tracin trak",
      benchmark="benchmark",
-     explain="explain ExplainPage")
+     explain="explain ExplainPage Explainer",
+     page="explain_page")
