@@ -205,13 +205,14 @@ def ties_things(
     "Whether an atom relates two things, neither a scenery."
     return len(atom) == 3 and atom[1] != "is" and not {atom[0], atom[2]} & SCENERY
 
-# %% ../../nbs/hmln/00_atoms.ipynb #76be615d
+# %% ../../nbs/hmln/00_atoms.ipynb #024dfa3b
 class Vocabulary:
     "The atoms of a corpus, searched by meaning"
     def __init__(self,
         atoms, # distinct atoms
         near=None): # nearness of words; None: `Words()`
-        self.near,self.of,self._like = near or Words(),{a: i for i,a in enumerate(atoms)},{}
+        self.near,self.of,self._like,self._found = near or Words(),{a: i for i,a in enumerate(atoms)},{},{}
+        self.prefix = {a[:j] for b in self.of for a in ((b, b[::-1]) if b[1:2] == ("next to",) else (b,)) for j in (1, 2, 3)}
         self.keys,seen = {},set()
         for a in self.of:
             for w in slots(a):
@@ -229,7 +230,10 @@ class Vocabulary:
         eps:float=.7 # least similarity
     )->list: # (number of the atom, similarity), nearest first
         "Atoms with sim(q, a) >= eps."
+        if (q, eps) in self._found: return self._found[q, eps]
+        if len(self._found) > 10000: self._found.clear()
         out = [((), 1.)]
-        for w,s in slots(q): out = [(a + (v,), p*x) for a,p in out for v,x in (self.like(w, s, eps) if w != "is" else [(w, 1.)]) if p*x >= eps]
+        for w,s in slots(q): out = [(a + (v,), p*x) for a,p in out for v,x in (self.like(w, s, eps) if w != "is" else [(w, 1.)]) if p*x >= eps and a + (v,) in self.prefix]
         out = [(self.of[a], p) for a,p in ((oriented(*a) if len(a) == 3 else a, p) for a,p in out) if a in self.of]
-        return sorted(dict(sorted(out, key=lambda x: x[1])).items(), key=lambda x: (-x[1], x[0]))
+        self._found[q, eps] = sorted(dict(sorted(out, key=lambda x: x[1])).items(), key=lambda x: (-x[1], x[0]))
+        return self._found[q, eps]
