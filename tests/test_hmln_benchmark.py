@@ -47,7 +47,7 @@ def test_the_world_holds_what_it_says():
 def test_look_up_does_not_suffice():
     "Averages over worlds: words are near chance, exact statements are far from perfect, the merged ones know where but not who."
     look = dict(words=by_look_up(bm25), exact=member(), merged=merged_member(), lots=by_chance())
-    got = {k: [benchmark(f, s, 3)["provenance"] for s in (21, 22, 23)] for k, f in look.items()}
+    got = {k: [benchmark(f, s, 2)["provenance"] for s in (21, 22)] for k, f in look.items()}
     mean = lambda k, m: np.mean([r[m] for r in got[k]])
     assert .2 < mean("words", "auroc") < .8 and mean("words", "recall") < .6
     assert mean("exact", "auroc") < .9 and mean("exact", "recall") < .6
@@ -56,9 +56,9 @@ def test_look_up_does_not_suffice():
 
 
 def test_hmln_passes_the_floors_on_a_new_world():
-    h, b, e = (benchmark(f, 31, 3)["provenance"] for f in (hmln(), by_look_up(bm25), member()))
+    h, b, e = (benchmark(f, 31, 2)["provenance"] for f in (hmln(), by_look_up(bm25), member()))
     assert h["auroc"] >= .9 and h["recall"] > max(b["recall"], e["recall"])
-    gone = benchmark(hmln(), 31, 3, shuffle="captions")["provenance"]
+    gone = benchmark(hmln(), 31, 2, shuffle="captions")["provenance"]
     assert abs(gone["auroc"] - .5) < .35 and gone["recall"] < .25
 
 

@@ -77,7 +77,7 @@ def relation_only(
         return b if e is None else (b, e)
     return one
 
-# %% ../../nbs/hmln/36_leaderboard.ipynb #10e2f3aa
+# %% ../../nbs/hmln/36_leaderboard.ipynb #4c15f3f4
 def by_gradient(
     ready:dict, # from `capnb.hmln.benchmark.prepare`
     kind:str="trak", # trak or tracin
@@ -87,9 +87,12 @@ def by_gradient(
     "TRAK or TracIn on the sibling, an attributor for this seed alone."
     from capnb.core.attribution import keep_top
     from capnb.hmln.gradients import captioner_scores
-    from capnb.hmln.sibling import IGNORE, caption_log_probs, new_sibling, retrain
+    from capnb.hmln.sibling import IGNORE, caption_log_probs, retrain
+    import copy, torch
     base, data, recipe, seed = ready["sibling"], ready["data"], ready["recipe"]["F"], ready["seed"]
-    if untrained: base = new_sibling(list(ready["world"].finetune.captions.values()) + list(ready["world"].pretrain.captions.values()) + list(ready["world"].queries.captions.values()), data["F"]["features"].shape[2], seed + 1)
+    if untrained:
+        torch.manual_seed(seed + 1); base = copy.deepcopy(base)
+        for m in base.modules(): getattr(m, "reset_parameters", lambda: None)()
     runs = [dict(seed=seed), dict(seed=seed + 1)] if kind == "trak" else [dict(seed=seed, epochs=n) for n in (2, 4, 6)]
     models = [base] if untrained else [retrain(base, data["F"], **recipe | r) for r in runs]
     counts = tuple((data[k]["labels"] != IGNORE).sum(1).tolist() for k in ("F", "Q"))
