@@ -7,12 +7,12 @@ __all__ = ['ORIGINS', 'EXPLAIN_STYLE', 'EXPLAIN_PROGRAM', 'origin_letter', 'orig
            'phrase_html', 'exact_words', 'network_html', 'trace_html', 'shares', 'summary_html', 'chosen_rows',
            'explain_page']
 
-# %% ../../nbs/hmln/40_page.ipynb #c5ff65c8
+# %% ../../nbs/hmln/40_page.ipynb #517f7fac
 import hashlib, math
 import numpy as np
 from ..core.errors import ConfigError
 from ..core.figures import figure_svg, new_figure, plotting
-from ..core.markup import Html, details, esc, facts, figure, grid, image, image_uri, markup, num, signed, table, tag
+from ..core.markup import Html, details, esc, facts, figure, grid, image, markup, num, signed, table, tag
 from ..core.page import Page
 
 # %% ../../nbs/hmln/40_page.ipynb #d87e9328
@@ -139,7 +139,7 @@ def trace_html(
     if row['network'] and row['network']['atoms']: parts.append(details('The ground network', network_html(row['network'])))
     return tag('article', *parts, details('Numbers', table(values, ['phrase', 'atom', 'origin', 'P [90 % over reweighted training examples]'], digits=3)) if values else '', cls='trace')
 
-# %% ../../nbs/hmln/40_page.ipynb #f6bd787d
+# %% ../../nbs/hmln/40_page.ipynb #ed459cdb
 def shares(
     rows:list, # see above
     draws:int=1000, # bootstrap draws over captions
@@ -155,14 +155,16 @@ def shares(
 def summary_html(
     rows:list # see above
 )->tuple: # `Html` blocks
-    "Legend with shares, and a histogram of the MAP scores"
+    "Means, legend with shares, and a histogram of the MAP scores"
     found = shares(rows)
     legend = table([[origin_letter(o) + ' ' + tag('span', ORIGINS[o][1], cls=f'phrase o{list(ORIGINS).index(o)}'), tuple(100*x for x in v)] for o,v in found.items()], ['origin of a phrase', '% of phrases'], digits=0)
+    mean = lambda k: float(np.mean(x)) if (x := [r[k] for r in rows if r[k] is not None and r['phrases']]) else None
+    top = facts([(len(rows), 'captions'), (num(mean('map_score'), 2), 'mean MAP score', '0 at best'), (num(mean('log_p'), 2), 'mean log P', 'of a caption, all its statements together'), (sum(r['exact'] for r in rows), 'with exact numbers')])
     scores = [r['map_score'] for r in rows if r['map_score'] is not None]
-    if len(scores) < 10: return (legend,)
+    if len(scores) < 10: return top, legend
     with plotting(figure__figsize=(5.2, 2.2)):
         fig,ax = new_figure(); ax.hist(scores, 30); ax.set(xlabel='MAP score', ylabel='captions')
-    return legend, figure(figure_svg(fig, f'Histogram of {len(scores)} MAP scores'), 'MAP score: how much the statements of a caption cost against the best state of its network. 0: the training captions explain it best as it stands.')
+    return top, legend, figure(figure_svg(fig, f'Histogram of {len(scores)} MAP scores'), 'MAP score: how much the statements of a caption cost against the best state of its network. 0: the training captions explain it best as it stands.')
 
 # %% ../../nbs/hmln/40_page.ipynb #2f66dc97
 _LINE = ''.join(f'.o{i}{{--o:var(--c{c});text-decoration-style:{line}}}' for i,(_,_,c,line) in enumerate(ORIGINS.values()))

@@ -12,22 +12,18 @@ from ..core.errors import CapnbError
 from ..core.files import read_json
 from .score_files import image_files, read_captions
 
-# %% ../../nbs/study/14_explain.ipynb #a18ad1f2
-_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp')
-
+# %% ../../nbs/study/14_explain.ipynb #df2f30a1
 def train_pictures(
     folder, # of pictures
     ids:list, # of training images, as text
     captions # file; a COCO one names the pictures
 )->dict: # id -> path, of those that are there
     "Where the pictures of training images are. Raises `CapnbError` where there are none"
-    folder = Path(folder)
-    if not folder.is_dir(): raise CapnbError('There is no such folder', where=folder)
+    from capnb.hmln.explain import pictures_in
+    find = pictures_in(folder)
     said = {} if str(captions).endswith('.jsonl') else read_json(captions)
     named = {str(r['id']):r['file_name'] for r in said.get('images', ()) if isinstance(r, dict) and 'file_name' in r} if isinstance(said, dict) else {}
-    there = {p.name:p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS}
-    there |= {p.stem:p for p in there.values()}
-    found = {i:p for i in ids if (p := there.get(Path(named.get(i, i)).name) or there.get(i.zfill(12)))}
+    found = {i:p for i in ids if (p := find(Path(named.get(i, i)).name) or find(i))}
     lost = [i for i in ids if i not in found]
     if lost and not found: raise CapnbError('No training image has its picture here', where=f'{folder}: images {", ".join(lost[:5])}', expected=f'such as {named.get(lost[0], lost[0] + ".jpg")}')
     if lost: print(f'{len(lost)} of {len(ids)} training images have no picture in {folder}: {", ".join(lost[:5])}', file=sys.stderr)
