@@ -21,5 +21,5 @@ setup(
     classifiers=[f"Development Status :: {status}", "Intended Audience :: Science/Research",
                  *(f"Programming Language :: Python :: 3.{v}" for v in range(low, high + 1))],
     install_requires=lines("requirements"),
-    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "smol", "emoji", "hub", "qlora", "regions", "fast")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("dev", "smol", "emoji", "hub", "qlora", "regions", "fast", "zeroshot")},
 )

@@ -46,7 +46,7 @@ def test_settings_are_the_metadata(tmp_path):
     code = "import setuptools, json; setuptools.setup = lambda **kw: print(json.dumps(kw)); exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})"
     got = json.loads(run(PYTHON, "-c", code, cwd=ROOT))
     lines = lambda k: [o.strip() for o in cfg[k].splitlines() if o.strip()]
-    assert got["install_requires"] == lines("requirements") and got["extras_require"] == {k: lines(f"{k}_requirements") for k in ("dev", "smol", "emoji", "hub", "qlora", "regions", "fast")}
+    assert got["install_requires"] == lines("requirements") and got["extras_require"] == {k: lines(f"{k}_requirements") for k in ("dev", "smol", "emoji", "hub", "qlora", "regions", "fast", "zeroshot")}
     assert (got["author"], got["license"]) == (cfg["author"], cfg["license"]) and ", ".join(got["keywords"]) == cfg["keywords"]
     assert any(c.endswith(cfg["max_python"]) for c in got["classifiers"])
     assert set(toml["project"]["dynamic"]) == {"authors", "keywords", "license", "classifiers", "dependencies", "optional-dependencies", "version"}
