@@ -100,7 +100,7 @@ def test_rivals_are_no_evidence(a, b):
 def test_repeated_training_captions():
     a = attribute(["a dog on a cup"], ["a dog on a cup"]*6 + ["a cat"], draws=0)
     s = [v for _, v in a.top(0)]
-    assert [t for t, _ in a.top(0)] == list(range(6)) and max(s) - min(s) < 1e-9
+    assert [t for t, _ in a.top(0)] == list(range(7)) and max(s[:6]) - min(s[:6]) < 1e-9 and s[6] < s[5]
     one = attribute(["a dog on a cup"], ["a dog on a cup", "a cat"], draws=0)
     assert a.traces[0].phrases[0].p > one.traces[0].phrases[0].p and a.traces[0].log_p > one.traces[0].log_p
 
@@ -163,7 +163,7 @@ def test_importance_weights_come_near_and_say_so():
     exact, rough = (attribute({"q": ASK["q101"]}, TRAIN, C=6, draws=0, method=m) for m in ("exact", "importance"))
     assert exact.exact and not rough.exact and not rough.traces[0].exact and "importance" in rough.method
     a, b = exact.traces[0], rough.traces[0]
-    assert abs(a.log_p - b.log_p) < .5 and all(abs(x.p - y.p) < .05 for x, y in zip(a.phrases, b.phrases))
+    assert abs(a.log_p - b.log_p) < 1. and all(abs(x.p - y.p) < .05 for x, y in zip(a.phrases, b.phrases))
 
 
 def test_images_count():

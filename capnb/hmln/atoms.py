@@ -110,7 +110,7 @@ OPPOSITES = ["left right", "above below", "big small", "open closed", "black whi
     "red orange yellow green blue purple pink brown black white gray"]
 ON_TOP = {"on": "above"}
 
-# %% ../../nbs/hmln/00_atoms.ipynb #dd839a9d
+# %% ../../nbs/hmln/00_atoms.ipynb #92e2870e
 class Words:
     "Nearness of words by lists: synonyms, kinds, opposites"
     def __init__(self,
@@ -133,7 +133,10 @@ class Words:
             for k in self.up.get(w, ()):
                 if k not in out: out[k] = out[w] + 1; now.append(k)
         return out
-    def sets(self, word):
+    def sets(self,
+        word:str # a word
+    )->frozenset: # keys; words that share one are synonyms
+        "Synonym sets of `word`."
         if word not in self._keys:
             try: self._keys[word] = frozenset(self.synonyms.synsets(word))
             except DependencyError: self._keys[word] = frozenset(["=" + word])
@@ -205,7 +208,7 @@ def ties_things(
     "Whether an atom relates two things, neither a scenery."
     return len(atom) == 3 and atom[1] != "is" and not {atom[0], atom[2]} & SCENERY
 
-# %% ../../nbs/hmln/00_atoms.ipynb #024dfa3b
+# %% ../../nbs/hmln/00_atoms.ipynb #d9a6b10b
 class Vocabulary:
     "The atoms of a corpus, searched by meaning"
     def __init__(self,
@@ -220,7 +223,12 @@ class Vocabulary:
                 seen.add(w)
                 for k in self._keys(*w): self.keys.setdefault((k, w[1]), []).append(w[0])
     def _keys(self, word, slot): return self.near.keys(word, slot) if hasattr(self.near, "keys") else {"any"}
-    def like(self, word, slot, eps): # {word: nearness}
+    def like(self,
+        word:str, # a word
+        slot:str, # thing, value or relation
+        eps:float # least nearness
+    )->list: # (word, nearness), nearest first
+        "Words of the corpus near `word`."
         if (word, slot) not in self._like:
             found = {v for k in self._keys(word, slot) for v in self.keys.get((k, slot), ())} | {word}
             self._like[word, slot] = sorted(((v, self.near(word, v, slot)) for v in found), key=lambda p: (-p[1], p[0]))

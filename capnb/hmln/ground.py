@@ -41,7 +41,7 @@ class Ground:
     def n(self): return len(self.names)
     def __repr__(self): return f"Ground: {self.n} atoms ({self.query} of the caption), {len(self.keys)} features in {len(self.groups)} groups, {len(self.bags)} training captions"
 
-# %% ../../nbs/hmln/20_ground.ipynb #fdbeaf63
+# %% ../../nbs/hmln/20_ground.ipynb #c34af1c9
 def _merge(self):
     "Distinct (group, atoms) and which rows belong to each"
     at = {}
@@ -52,7 +52,7 @@ def _amounts(self,
     scale=None # (number of examples,) weight of each training example; None: 1
 )->np.ndarray: # (features,) value of each feature when its conjunction is true
     "Merged values of the features."
-    v = self.value if scale is None else self.value*np.where(self.source < 0, 1., np.asarray(scale)[self.source])
+    v = self.value if scale is None else self.value*np.append(scale, 1.)[self.source]  # -1: no example, 1
     s = np.bincount(self.row, v, len(self.keys)) if len(self.row) else np.zeros(0)
     if self.count == "share": return np.where([self.groups[g] == "prior" for g,_ in self.keys], s, s/max(self.examples, 1))
     return np.sign(s)*np.log2(1 + np.abs(s)) if self.count == "log" else s

@@ -121,7 +121,7 @@ def _top(self,
 
 Index.shares,Index.holds,Index.top = _shares,_holds,_top
 
-# %% ../../nbs/hmln/03_retrieval.ipynb #aedea158
+# %% ../../nbs/hmln/03_retrieval.ipynb #1beec40f
 class Wording:
     "Training examples by word sequences"
     def __init__(self,
@@ -156,4 +156,4 @@ class Wording:
                 p = example[start[g]:start[g + 1]]; v = len(p)**-.5
                 out[p] += v; whole += v
             now = nxt
-        return out/whole if whole else out
+        return out/whole if len(w) > 2 else np.zeros(self.n)
