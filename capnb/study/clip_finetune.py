@@ -128,7 +128,7 @@ def three_means(
     of = lambda k: [v for n,v in means.items() if n.startswith(k)]
     return {k:float(np.mean(of(k))) for k in ('composition', 'zero-shot', 'retrieval') if of(k)}
 
-# %% ../../nbs/study/13_clip_finetune.ipynb #c6d36e78
+# %% ../../nbs/study/13_clip_finetune.ipynb #0f3e9994
 def _parts(plan, size):
     "Training images, and held-out ones (None: the Scenes suite)"
     from capnb.data.load import load_data
@@ -156,6 +156,7 @@ def _after_first(out):
         if time.monotonic() - began>7200: raise ConfigError('The first process made no negatives in two hours', where=out)
         time.sleep(1)
 
+# %% ../../nbs/study/13_clip_finetune.ipynb #0df7aa7e
 def finetune_run(
     plan:FinetunePlan # all settings
 )->dict: # alpha, marks of base, tuned and chosen model; empty in all but the first process
