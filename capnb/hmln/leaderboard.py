@@ -115,7 +115,7 @@ def own_leave_one_out(
     gone = [run({k: v for k, v in train.captions.items() if k != t}) for t in left_out]
     return a.dense()[:, [col[t] for t in left_out]], log_p[:, None] - np.array([[t.log_p for t in b.traces] for b in gone]).T
 
-# %% ../../nbs/hmln/36_leaderboard.ipynb #0ec41a99
+# %% ../../nbs/hmln/36_leaderboard.ipynb #9d32fb14
 MEASURES = ("auroc", "recall", "mrr", "lds", "removal")
 
 def row_of(
@@ -152,9 +152,9 @@ def board(
 def board_text(
     rows:list, # of `row_of`
 )->str: # one line a method
-    "The leaderboard; intervals from three seeds on."
+    "The leaderboard, without MRR; intervals from three seeds on, removal without."
     show = lambda c, n: "" if c is None else f"{c[0]:.2f}" + (f" [{c[1]:.2f}, {c[2]:.2f}]" if n > 2 else "")
     n = {r[0]: sum(x["method"] == r[0] for x in rows) for r in board(rows)}
-    lines = [["method", "seeds", "AUROC", "recall@5", "MRR", "LDS", "removal"]] + [[r[0], str(n[r[0]]), *(show(c, n[r[0]]) for c in r[1:])] for r in board(rows)]
-    wide = [max(len(l[i]) for l in lines) for i in range(7)]
+    lines = [["method", "seeds", "AUROC", "recall@5", "LDS", "removal"]] + [[r[0], str(n[r[0]]), *(show(r[i], n[r[0]]) for i in (1, 2, 4)), r[5] and f"{r[5][0]:.2f}" or ""] for r in board(rows)]
+    wide = [max(len(l[i]) for l in lines) for i in range(6)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(l, wide)).rstrip() for l in lines)
