@@ -20,6 +20,8 @@ lazy(__name__,
      attribute="attribute CaptionAttribution Phrase Trace Tracer",
      rivals="by_captions by_images by_chance membership neighbours",
      gradients="tracin trak",
+     planted="make_world",
      benchmark="benchmark",
+     leaderboard="hmln own_leave_one_out",
      explain="explain ExplainPage Explainer",
      page="explain_page")
