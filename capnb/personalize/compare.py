@@ -72,7 +72,7 @@ def difference(
     return two_level([base], runs)
 
 # %% ../../nbs/personalize/06_compare.ipynb #922c2ad8
-def _short(d): return None if d is None else [round(float(v), 3) for v in (d.value, d.low, d.high)]
+def _short(d): return [round(float(v), 3) for v in (d.value, d.low, d.high)] if d is not None and np.isfinite([d.value, d.low, d.high]).all() else None  # nothing countable was said
 
 SHOWN = ('CIDEr-D','BLEU-4','ROUGE-L','length ratio','precision','recall','hallucination','style distance') # of the target
 
