@@ -70,7 +70,8 @@ def test_control_c_keeps_what_is_done_and_goes_on(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps({i: c for i, c in list(data.items())[:40]}), encoding="utf-8")
     argv = [sys.executable, "-m", "capnb.study.cli", "explain", "c.json", "t.json", "--out", "why", "--workers", "2", "--shown", "2"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}; env.pop("CAPNB_DEBUG", None)
-    p = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+    p = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a shell's background jobs ignore Ctrl-C
     end, kept = time.time() + 300, []
     while time.time() < end and p.poll() is None and not (kept := [f for f in tmp_path.glob("why/rows-*.jsonl") if f.stat().st_size]): time.sleep(.05)
     assert kept, p.communicate()

@@ -302,6 +302,7 @@ for case in range(3):
     total = (loss*x.share).detach(); dist.all_reduce(total)
     result.append([total, *(p.grad for p in W.values())])
 if rank == 0: torch.save(result, out)
+dist.barrier(); dist.destroy_process_group()  # or one process may end while the other still talks to it
 '''
 
 
