@@ -71,3 +71,14 @@ def python_env(path: Path) -> dict:
 
 
 PYTHON = sys.executable
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "A tab for pages that are files; skipped without Chromium."
+    from browser import Browser, find_chromium
+    chromium = find_chromium()
+    if not chromium: pytest.skip("no Chromium is installed (or name one in CHROME)")
+    b = Browser(chromium)
+    yield b
+    b.close()

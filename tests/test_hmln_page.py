@@ -4,7 +4,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from browser import Browser, find_chromium
 from PIL import Image
 
 from capnb.core.errors import ConfigError, DataError
@@ -154,15 +153,6 @@ def test_the_wording_shown_is_the_nearest():
 
 
 # ---- in a browser, from a file
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = find_chromium()
-    if not chromium: pytest.skip("no Chromium is installed (or name one in CHROME)")
-    b = Browser(chromium)
-    yield b
-    b.close()
-
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):

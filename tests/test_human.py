@@ -5,7 +5,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from browser import Browser, find_chromium
 from PIL import Image
 
 from capnb.core.errors import CapnbError, ConfigError, DataError
@@ -294,15 +293,6 @@ def test_raters_who_fail_checks_can_be_left_out(tmp_path):
 
 
 # ---- in a browser, from a folder, without a server
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = find_chromium()
-    if not chromium: pytest.skip("no Chromium is installed (or name one in CHROME)")
-    b = Browser(chromium)
-    yield b
-    b.close()
-
 
 def key_press(b, k):
     code = {"Enter": 13, "Tab": 9, " ": 32}.get(k) or ord(k)

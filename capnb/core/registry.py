@@ -14,7 +14,7 @@ from .errors import CapnbError, ConfigError, DependencyError, did_you_mean
 AREAS = ('core', 'text', 'data', 'models', 'metrics', 'train', 'tune',
          'personalize', 'klaft', 'fsc_clip', 'hmln', 'study')  # in order of dependency
 
-GROUPS = tuple(f'capnb.{k}' for k in ('readers', 'metrics', 'methods', 'negatives', 'templates', 'bases', 'dual_bases', 'classical'))  # entry point groups
+GROUPS = tuple(f'capnb.{k}' for k in ('readers', 'metrics', 'methods', 'negatives', 'templates', 'bases', 'dual_bases', 'dual_methods', 'classical'))  # entry point groups
 
 def may_import(
     area:str, # the area of the importing module

@@ -10,6 +10,35 @@ __all__ = ['PEOPLE', 'ANIMALS', 'THINGS', 'NOUNS', 'ANIMATE', 'MASS', 'ADJECTIVE
 import functools
 from ..core.errors import DataError
 
+# %% ../../nbs/fsc_clip/10_lexicon.ipynb #c67cb4a8
+class Lexicon:
+    "Which words may stand for which."
+    def __init__(self,
+        groups:str="", # Lines of sisters; commas join words too close to be exchanged, `_` is a blank
+    ):
+        self.table, self.near = {}, {}
+        for line in filter(None, map(str.strip, groups.splitlines())):
+            classes = [[x.replace("_", " ") for x in c.split(",") if x] for c in line.split()]
+            if len(classes) < 2: raise DataError("a group has fewer than two classes", where=line, expected="words with blanks between them: dog cat horse")
+            for c in classes:
+                for x in c: self.near.setdefault(x, set()).update(c)
+            for k, c in enumerate(classes):
+                for x in c: self.table.setdefault(x, {}).update(dict.fromkeys(y for m, d in enumerate(classes) if m != k for y in d))
+        self.rows = {x: tuple(y for y in ys if y not in self.near[x] and x not in self.near[y]) for x, ys in self.table.items()}
+        self.length = max((x.count(" ") + 1 for x in self.rows), default=1)
+    def sisters(self,
+        word:str, # Dictionary form, lower case
+    ) -> tuple: # Words that may replace it, possibly none
+        "What may stand for `word`."
+        return self.rows.get(word, ())
+    def close(self,
+        word:str, # Dictionary form, lower case
+    ) -> set: # The word itself included
+        "Words too close to `word` to be told from it."
+        return self.near.get(word, {word})
+    def __contains__(self, word): return word in self.rows
+    def __len__(self): return len(self.rows)
+
 # %% ../../nbs/fsc_clip/10_lexicon.ipynb #4514b86b
 PEOPLE = """
 man,guy,gentleman,boy woman,lady,girl
@@ -202,49 +231,17 @@ atop beneath
 on under,underneath,beneath
 """
 
-# %% ../../nbs/fsc_clip/10_lexicon.ipynb #c67cb4a8
-class Lexicon:
-    "Which words may stand for which."
-    def __init__(self,
-        groups:str="", # Lines of sisters; commas join words too close to be exchanged, `_` is a blank
-    ):
-        self.table, self.near = {}, {}
-        for line in filter(None, map(str.strip, groups.splitlines())):
-            classes = [[x.replace("_", " ") for x in c.split(",") if x] for c in line.split()]
-            if len(classes) < 2: raise DataError("a group has fewer than two classes", where=line, expected="words with blanks between them: dog cat horse")
-            for c in classes:
-                for x in c: self.near.setdefault(x, set()).update(c)
-            for k, c in enumerate(classes):
-                for x in c: self.table.setdefault(x, {}).update(dict.fromkeys(y for m, d in enumerate(classes) if m != k for y in d))
-        self.rows = {x: tuple(y for y in ys if y not in self.near[x] and x not in self.near[y]) for x, ys in self.table.items()}
-        self.length = max((x.count(" ") + 1 for x in self.rows), default=1)
-    def sisters(self,
-        word:str, # Dictionary form, lower case
-    ) -> tuple: # Words that may replace it, possibly none
-        "What may stand for `word`."
-        return self.rows.get(word, ())
-    def close(self,
-        word:str, # Dictionary form, lower case
-    ) -> set: # The word itself included
-        "Words too close to `word` to be told from it."
-        return self.near.get(word, {word})
-    def __contains__(self, word): return word in self.rows
-    def __len__(self): return len(self.rows)
-
+# %% ../../nbs/fsc_clip/10_lexicon.ipynb #22768ccb
 @functools.lru_cache(1)
 def lexicon() -> dict: # nouns, adjectives, transitive, intransitive, adverbs, relations, flips, colours -> `Lexicon`
     "The lists of this notebook."
     lines = dict(nouns=NOUNS, adjectives=ADJECTIVES, transitive=TRANSITIVE, intransitive=INTRANSITIVE, adverbs=ADVERBS, relations=RELATIONS, flips=FLIPS)
     return {k: Lexicon(v) for k, v in lines.items()} | {"colours": Lexicon(ADJECTIVES.strip().splitlines()[0])}
 
-# %% ../../nbs/fsc_clip/10_lexicon.ipynb #3d32fd19
+# %% ../../nbs/fsc_clip/10_lexicon.ipynb #441a18ec
 _PLURALS = dict(w.split(":") for w in """man:men woman:women child:children person:people foot:feet tooth:teeth goose:geese mouse:mice sheep:sheep deer:deer fish:fish
 clownfish:clownfish knife:knives wife:wives leaf:leaves loaf:loaves shelf:shelves bookshelf:bookshelves scarf:scarves calf:calves half:halves wolf:wolves potato:potatoes tomato:tomatoes
 pants:pants jeans:jeans shorts:shorts woods:woods broccoli:broccoli""".split())
-_PASTS = dict(w.split(":") for w in """sit:sat/sat stand:stood/stood lie:lay/lain lay:laid/laid kneel:knelt/knelt run:ran/run swim:swam/swum hold:held/held throw:threw/thrown catch:caught/caught wear:wore/worn
-ride:rode/ridden eat:ate/eaten bite:bit/bitten drink:drank/drunk buy:bought/bought sell:sold/sold fly:flew/flown sleep:slept/slept leave:left/left feed:fed/fed take:took/taken give:gave/given
-fall:fell/fallen hang:hung/hung read:read/read cut:cut/cut hit:hit/hit drive:drove/driven make:made/made have:had/had go:went/gone do:did/done be:was/been""".split())
-_ODD = {("be", "VBZ"): "is", ("be", "VBP"): "are", ("have", "VBZ"): "has", ("lie", "VBG"): "lying", ("go", "VBZ"): "goes", ("do", "VBZ"): "does"}
 
 def plural(
     noun:str, # Singular, the last word counts
@@ -256,6 +253,12 @@ def plural(
     elif w.endswith(("s", "x", "z", "ch", "sh")): new = w + "es"
     else: new = w[:-1] + "ies" if w[-1:] == "y" and w[-2:-1] not in tuple("aeiou") else w + "s"
     return " ".join([*first, new])
+
+# %% ../../nbs/fsc_clip/10_lexicon.ipynb #3cf1dbec
+_PASTS = dict(w.split(":") for w in """sit:sat/sat stand:stood/stood lie:lay/lain lay:laid/laid kneel:knelt/knelt run:ran/run swim:swam/swum hold:held/held throw:threw/thrown catch:caught/caught wear:wore/worn
+ride:rode/ridden eat:ate/eaten bite:bit/bitten drink:drank/drunk buy:bought/bought sell:sold/sold fly:flew/flown sleep:slept/slept leave:left/left feed:fed/fed take:took/taken give:gave/given
+fall:fell/fallen hang:hung/hung read:read/read cut:cut/cut hit:hit/hit drive:drove/driven make:made/made have:had/had go:went/gone do:did/done be:was/been""".split())
+_ODD = {("be", "VBZ"): "is", ("be", "VBP"): "are", ("have", "VBZ"): "has", ("lie", "VBG"): "lying", ("go", "VBZ"): "goes", ("do", "VBZ"): "does"}
 
 def verb_form(
     lemma:str, # Dictionary form

@@ -83,7 +83,7 @@ def _trace_of(t):
     g = t.pop("ground")
     return Trace(**{**t, **{k: list(pair(t[k])) for k in ("explaining", "contrasting")}}, phrases=ps, ground=g and Ground.from_json(g))
 
-# %% ../../nbs/hmln/30_attribute.ipynb #8b369785
+# %% ../../nbs/hmln/30_attribute.ipynb #7abef522
 def _origin(p, before, atom, index, eps):
     "Where a phrase comes from"
     if p >= .5: return "known before" if before is not None and before >= .5 else "fine-tuning"
@@ -92,6 +92,7 @@ def _origin(p, before, atom, index, eps):
     if before >= .5: return "memorised"
     return "recombined" if all(len(index.holds(t, eps)[0]) for t in things(atom)) else "unknown"
 
+# %% ../../nbs/hmln/30_attribute.ipynb #8b369785
 MEANING,RELATION = .8,20. # weight of what is said against how it is said; a relation counts so much more than an attribute or a thing
 KIN = .5 # the same of another thing of the kind
 RANKS = ("shares", "I")

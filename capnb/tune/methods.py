@@ -453,7 +453,7 @@ METHODS = Registry("method", {n: f"capnb.tune.{c}" for n, c in dict(
     lora="methods:Lora", rslora="kinds:RsLora", dora="kinds:Dora", qlora="kinds:Qlora", ia3="kinds:Ia3", bias="kinds:Bias", adapter="bottleneck:Bottleneck",
     full="methods:Full").items()} | dict(tcm="capnb.klaft.method:Tcm", klaft="capnb.klaft.klaft_method:Klaft"), "capnb.methods")
 
-DUAL_METHODS = Registry("method for dual encoders", {n: f"capnb.fsc_clip.tuning:{c}" for n, c in dict(full="DualFull", lora="DualLora", text_only="TextOnly").items()}, "capnb.methods")
+DUAL_METHODS = Registry("method for dual encoders", {n: f"capnb.fsc_clip.tuning:{c}" for n, c in dict(full="DualFull", lora="DualLora", text_only="TextOnly").items()}, "capnb.dual_methods")
 
 def attach(
     captioner: Captioner|DualEncoder,  # the base
