@@ -60,9 +60,13 @@ class Browser:
         if kind == "Network.requestWillBeSent": self.requests.append(p["request"]["url"])
         if kind == "Page.loadEventFired": self.loaded = True
 
+    def resize(self, width: int, height: int = 900) -> None:
+        "A window of another size; below 600 pixels that of a phone."
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+
     def open(self, url: str, width: int = 1200, height: int = 900) -> None:
         "Load `url` in a window `width` pixels wide and wait until it stands."
-        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.resize(width, height)
         self.loaded = False
         self("Page.navigate", url=url)
         end = time.time() + 60

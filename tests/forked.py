@@ -44,7 +44,8 @@ def execute(notebook: str, copy: str, root: str, log: str, flags: list) -> None:
     else:
         clean_nb(nb)
         Path(copy).parent.mkdir(parents=True, exist_ok=True)
-        write_nb(nb, copy)
+        write_nb(nb, copy + ".part")
+        os.replace(copy + ".part", copy)  # whole or not there: the site may be built at the same time
     sys.stdout.flush(); sys.stderr.flush()
     os._exit(code)
 

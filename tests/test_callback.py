@@ -219,6 +219,7 @@ def child(folder):
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(out))
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path):
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]))

@@ -156,6 +156,7 @@ def test_a_failing_meteor_leaves_the_others(monkeypatch):
 
 
 @java
+@pytest.mark.slow
 def test_hyphenated_captions_meet_the_whole_paraphrase_table():
     "METEOR reads black-and-white as three words: the chosen entries of the table must give what all of them give"
     x = inputs.prepare(["a black-and-white cat", "a well-known man"], [["a white and black cat"], ["a famous man"]])

@@ -44,6 +44,7 @@ if __name__ == "__main__":
 
 # ---- accelerate
 
+@pytest.mark.slow
 def test_accelerate_launch_with_two_processes(tmp_path):
     "`accelerate launch` on two CPU processes gives LoRA the weights that one process gives it."
     def launch(n):

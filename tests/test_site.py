@@ -139,29 +139,29 @@ def browser(site):
     server.shutdown()
 
 
-@pytest.mark.parametrize("width", [1200, 390])
-def test_pages_in_a_browser(browser, width):
-    "No error in the console, no request elsewhere, pictures loaded, formulas of a size, nothing wider than the window."
-    for page in pages:
+LOOK = """({wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    broken: [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src.slice(0, 80)),
+    flat: [...document.querySelectorAll('math')].filter(m => m.getBoundingClientRect().height < 4).map(m => m.getAttribute('alttext')),
+    figures: [...document.querySelectorAll('main img, main .cell-output svg')].filter(i => i.getBoundingClientRect().width > 20).length,
+    text: (document.querySelector('main') || document.body).innerText.length})"""
+
+
+def test_pages_in_a_browser(browser):
+    "No error in the console, no request elsewhere, pictures and figures there, formulas of a size, nothing wider than a wide or a narrow window."
+    pictures = lambda n: any(k.startswith("image/") for c in json.loads((ROOT / "nbs" / n).read_text())["cells"] for o in c.get("outputs", []) for k in o.get("data", {}))
+    for notebook, page in zip(notebooks, pages):
         browser.errors.clear(), browser.requests.clear()
-        browser.open(f"{browser.address}/{page}", width=width)
-        seen = browser.eval("""({wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-            broken: [...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src.slice(0, 80)),
-            flat: [...document.querySelectorAll('math')].filter(m => m.getBoundingClientRect().height < 4).map(m => m.getAttribute('alttext')),
-            text: (document.querySelector('main') || document.body).innerText.length})""")
+        browser.open(f"{browser.address}/{page}")
+        for width in 1200, 390:
+            browser.resize(width)
+            seen = browser.eval(LOOK)
+            assert not seen["broken"] and not seen["flat"], f"{page} at {width} px: {seen}"
+            assert seen["wide"] <= 1, f"{page} is {seen['wide']} px wider than a window of {width} px"
+            assert seen["text"] > 200, f"{page} shows almost nothing at {width} px"
+            assert seen["figures"] or not pictures(notebook), f"{page} lost its figure"
         assert not browser.errors, f"{page}: {browser.errors}"
         away = [u for u in browser.requests if not u.startswith((browser.address, "data:", "blob:"))]
         assert not away, f"{page} asks for {away}"
-        assert not seen["broken"] and not seen["flat"], f"{page}: {seen}"
-        assert seen["wide"] <= 1, f"{page} is {seen['wide']} px wider than a window of {width} px"
-        assert seen["text"] > 200, f"{page} shows almost nothing"
-
-
-def test_figures_are_on_their_pages(browser):
-    with_figures = [p for n, p in zip(notebooks, pages) if any(k.startswith("image/") for c in json.loads((ROOT / "nbs" / n).read_text())["cells"] for o in c.get("outputs", []) for k in o.get("data", {}))]
-    for page in with_figures:
-        browser.open(f"{browser.address}/{page}")
-        assert browser.eval("[...document.querySelectorAll('main img, main .cell-output svg')].filter(i => i.getBoundingClientRect().width > 20).length") > 0, f"{page} lost its figure"
 
 
 def test_search(browser):
