@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = "notebooks", "layout", "tests", "wheel", "site"  # in this order: the longest first, the site shows the executed notebooks
+STAGES = "notebooks", "layout", "wheel", "tests", "site"
 seconds = dict.fromkeys(STAGES, 0.0)
 
 
@@ -17,14 +17,23 @@ def stage(nodeid: str) -> str:
 def pytest_addoption(parser): parser.addoption("--slow", action="store_true", help="run the tests marked slow, too: what takes long and is tested more briefly elsewhere")
 
 
-def pytest_configure(config): config.addinivalue_line("markers", "slow: takes long and is tested more briefly elsewhere; run with --slow")
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long and is tested more briefly elsewhere; run with --slow")
+    config.option.loadscopereorder = False  # pytest-xdist hands out the files in the order below
+
+
+def place(nodeid: str) -> tuple:
+    """Where a test comes: notebooks first, as they take longest; the site among the tests, late enough to show the executed notebooks
+    and early enough not to be waited for at the end."""
+    file = nodeid.split("::")[0]
+    return {"notebooks": 0, "layout": 1, "wheel": 2, "site": 4}.get(stage(nodeid), 3 if file < "tests/test_k" else 5), file
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         config.hook.pytest_deselected(items=[o for o in items if o.get_closest_marker("slow")])
         items[:] = [o for o in items if not o.get_closest_marker("slow")]
-    items.sort(key=lambda item: STAGES.index(stage(item.nodeid)))  # stable: files keep their order within a stage
+    items.sort(key=lambda item: place(item.nodeid))
 
 
 def pytest_runtest_logreport(report): seconds[stage(report.nodeid)] += report.duration
