@@ -3,7 +3,7 @@
 Notebooks are staged in a scratch folder (the executed copies of the last test run where there are any), nbdev adds the API
 entries, pages lose the number of their notebook, and Quarto renders them where it is installed, smalldocs elsewhere: the
 addresses are the same. Formulas become MathML here, so that no page asks the network for anything.
-`--check` also runs `smalldocs check`, which lists broken links and ignored keys; any finding is an error.
+Broken links and settings that smalldocs would ignore are errors.
 The example report is put together as `report/index.html`; any .html file under nbs/ goes along under its own name too. Both can be
 linked from a notebook, as pages of the site: the README leaves such links out.
 """
@@ -143,15 +143,13 @@ def finish(site: Path) -> None:
         p.write_text(REMOTE.sub("", new), encoding="utf-8")
 
 
-def build(out: Path, check: bool) -> None:
+def build(out: Path) -> None:
     quarto = shutil.which("quarto")
     with tempfile.TemporaryDirectory(prefix="capnb-site-") as tmp:
         pages = stage(Path(tmp))
         settings(pages, bool(quarto))
-        smalldocs = lambda *args: subprocess.run([sys.executable, "-m", "smalldocs.cli", *args, str(pages)], check=True)
-        if check and not quarto: smalldocs("check")  # it knows the settings of its own renderer; links are the same in both
         if quarto: subprocess.run([quarto, "render", "--no-execute"], cwd=pages, check=True)
-        else: smalldocs("render", "--strict", "--quiet")
+        else: subprocess.run([sys.executable, "-m", "smalldocs.cli", "render", "--strict", "--quiet", str(pages)], check=True)
         finish(pages / "_site")
         shutil.rmtree(out, ignore_errors=True)
         shutil.move(pages / "_site", out)
@@ -161,9 +159,8 @@ def build(out: Path, check: bool) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=ROOT / "_docs", help="folder to write, emptied first")
-    p.add_argument("--check", action="store_true", help="also fail on broken links and ignored settings")
     a = p.parse_args()
-    try: build(a.out.resolve(), a.check)
+    try: build(a.out.resolve())
     except subprocess.CalledProcessError as e: sys.exit(f"the site was not built: {' '.join(map(str, e.cmd[-3:]))} ended with code {e.returncode}")
 
 

@@ -19,10 +19,10 @@ pages = [build_site.page_path(n).replace(".ipynb", ".html") for n in notebooks]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    "The site as smalldocs renders it; `--check` fails on broken links and ignored settings."
+    "The site as smalldocs renders it; broken links and ignored settings are errors."
     out = tmp_path_factory.mktemp("site") / "html"
     path = os.pathsep.join(d for d in os.environ["PATH"].split(os.pathsep) if not (Path(d) / "quarto").exists())
-    run(PYTHON, ROOT / ".ci/build_site.py", "--check", "--out", out, env=dict(os.environ, PATH=path))
+    run(PYTHON, ROOT / ".ci/build_site.py", "--out", out, env=dict(os.environ, PATH=path))
     return out
 
 
@@ -114,7 +114,7 @@ for p in pathlib.Path(".").rglob("*.ipynb"):
         return project / "_proc"
 
     monkeypatch.setattr(build_site, "stage", stage)
-    build_site.build(tmp_path / "html", check=False)
+    build_site.build(tmp_path / "html")
     assert {p.relative_to(tmp_path / "html").as_posix() for p in (tmp_path / "html").rglob("*.html")} == set(pages)
     assert (tmp_path / "html/index.html").read_text() == "<p>page</p>"
 
