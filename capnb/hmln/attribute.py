@@ -17,7 +17,7 @@ from .atoms import oriented, slots, ties_things
 from .ground import Ground, ground
 from .retrieval import Index, Wording, caption_table, parsed, things
 from .templates import DEFAULT, shared_slots
-from .trace import back_trace, intervals
+from .trace import back_trace, intervals, lifts
 
 # %% ../../nbs/hmln/30_attribute.ipynb #9726b387
 ORIGINS = ("fine-tuning", "known before", "unexplained", "memorised", "recombined", "unknown")
@@ -35,6 +35,7 @@ class Phrase:
     contrast:list # train ids that state a rival, strongest first
     stated:float=0. # how many training examples state it, equivalents by their similarity
     before:float=None # probability by pre-training captions or the base model; None: not asked
+    lift:float=0. # log odds that the examples which state it add to it, in nats
 
 @dataclass
 class Trace:
@@ -148,14 +149,14 @@ def _scores(self, caption, said, I):
     return score, [(t, float(score[t]), of[t]) for t in at.tolist()]
 
 # %% ../../nbs/hmln/30_attribute.ipynb #f3bb39b8
-def _phrase(self, m, p, lohi, before, found, score):
+def _phrase(self, m, p, lohi, before, lift, found, score):
     at,s = self.index.shares(m.atom, self.eps)
     by = np.lexsort((at, -score[at], -s))[:self.k]
     has = set(at.tolist())
     rivals = [t for t,_ in found if t not in has and any(shared_slots(m.atom, a) == 2 for c in self.index.said[t] for a in c)]
     ids = self.index.ids; p = float(p)
     lo,hi = min(float(lohi[0]), p),max(float(lohi[1]), p)
-    return Phrase(m.text, m.span, m.atom, _origin(p, before, m.atom, self.before, self.eps), p, (lo, hi), [ids[t] for t in at[by].tolist()], [ids[t] for t in rivals[:self.k]], float(s.sum()), before)
+    return Phrase(m.text, m.span, m.atom, _origin(p, before, m.atom, self.before, self.eps), p, (lo, hi), [ids[t] for t in at[by].tolist()], [ids[t] for t in rivals[:self.k]], float(s.sum()), before, float(lift))
 
 # %% ../../nbs/hmln/30_attribute.ipynb #cfe53879
 def _traced(self, job): # (position, id, caption, mentions) -> trace, best examples
@@ -163,7 +164,7 @@ def _traced(self, job): # (position, id, caption, mentions) -> trace, best examp
     atoms,image = [m.atom for m in said],None if self.images is None else self.images[i]
     found,gr = _grounded(self, self.index, atoms, image, None if self.vectors is None else self.vectors[i])
     got = back_trace(gr, self.weights, self.method, self.width, self.seed)
-    lohi = intervals(gr, self.weights, self.draws, self.width, self.seed)
+    lohi,lift = intervals(gr, self.weights, self.draws, self.width, self.seed),lifts(gr, self.weights, self.width, self.seed)
     before = [None]*len(atoms)
     if self.before is not None:
         old = _grounded(self, self.before, atoms, image)[1].network(self.weights, bags=True)
@@ -174,7 +175,7 @@ def _traced(self, job): # (position, id, caption, mentions) -> trace, best examp
     I = {}
     for (t,_),x in zip(gr.bags, got["I"]): I[t] = max(I.get(t, -math.inf), float(x))
     score,best = _scores(self, caption, said, I)
-    phrases = [_phrase(self, m, got["marginals"][j], lohi[j], before[j], found, score) for j,m in enumerate(said)]
+    phrases = [_phrase(self, m, got["marginals"][j], lohi[j], before[j], lift[j], found, score) for j,m in enumerate(said)]
     ids = self.index.ids
     order = sorted(I, key=lambda t: -I[t]) if atoms else []
     trace = Trace(id, caption, float(got["map_score"]), float(got["log_p"]), bool(got["exact"]), int(got["width"]), gr.n, phrases,

@@ -21,12 +21,14 @@ from ..text.nearest import bm25, tuple_overlap
 def _relations(trace): return [p for p in trace.phrases if len(p.atom) == 3 and p.atom[1] != "is"]
 
 def hmln(
+    by:str="p", # what explained is: p, or the lift, which does not look at P
     **settings, # of `attribute`
 ):
     "HMLN as an attributor of the benchmark."
+    if by not in ("p", "lift"): raise ConfigError(f"Nothing is explained by {by!r}", expected="p or lift")
     def attributor(q, F, P=None):
         a = attribute(q.captions, F.captions, pretrain=P and P.captions, **dict(k=len(F), draws=0, keep=False) | settings)
-        return a, {t.id: min((p.p - (p.before or 0) for p in _relations(t)), default=0.) for t in a.traces}
+        return a, {t.id: min((p.lift if by == "lift" else p.p - (p.before or 0) for p in _relations(t)), default=0.) for t in a.traces}
     return attributor
 
 def by_look_up(
