@@ -59,6 +59,7 @@ def learn_positive(
         if below: continue
         if not freed: break
         zero.remove(max(freed, key=lambda i: slope[i]))
+    else: raise DataError('The weights do not settle', do='a larger l2')
     return dict(zip(names, w.tolist()))
 
 # %% ../../nbs/hmln/25_caption_weights.ipynb #3da33783
